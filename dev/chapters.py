@@ -1,0 +1,209 @@
+"""Chapters: find them, know what each depends on, execute each in a process of its own, and keep the runs.
+
+A run is kept in `.cache/runs/` under a key made of the chapter's code cells, the package modules it imports (and
+those that they import), the package's data files and the versions of Python and the libraries. The copy that the site
+shows, today's text with the outputs of that run, is `.cache/executed/<name>.ipynb`.
+"""
+
+import ast
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nbformat
+
+from book import locked
+from dev import CACHE, NBS, PACKAGE, ROOT, Problem, notebooks
+
+EXECUTED = CACHE / "executed"
+RUNS = CACHE / "runs"
+LIBRARIES = ("torch", "numpy", "matplotlib", "scikit-learn", "ipywidgets", "einops", "jaxtyping")
+NAMED = re.compile(rf"\b{PACKAGE}\.(\w+)")
+
+
+@dataclass
+class Run:
+    "How the execution of a chapter went."
+
+    name: str
+    seconds: float
+    cached: bool
+    failure: str | None = None
+
+
+def name_of(path: Path) -> str:
+    "'04_ddim' or 'solutions/04_ddim'."
+    return path.relative_to(NBS).with_suffix("").as_posix()
+
+
+def find(solutions: bool = False) -> list[Path]:
+    "The chapters in reading order, index first; with `solutions`, the solutions after them."
+    pages = sorted(NBS.glob("*.ipynb"), key=lambda p: (p.stem != "index", p.stem))
+    return pages + (sorted((NBS / "solutions").glob("*.ipynb")) if solutions else [])
+
+
+def path_of(name: str, may_be_new: bool = False) -> Path:
+    "The notebook meant by '04', '04_ddim', 'solutions/04' or a path; a `Problem` names the choices."
+    wanted = re.sub(r"^(\./)?nbs/", "", re.sub(r"\.(ipynb|py)$", "", name))
+    known = find(solutions=True)
+    for path in known:
+        if name_of(path) == wanted or re.fullmatch(rf"{re.escape(wanted)}_\w+", name_of(path)):
+            return path
+    new = re.fullmatch(r"(solutions/)?(\d\d_[a-z0-9_]+|index)", wanted)
+    if may_be_new and new:
+        return NBS / f"{wanted}.ipynb"
+    hint = "; a new chapter needs its full name, for example 05_solvers" if may_be_new else ""
+    raise Problem(f"no chapter {name!r}; there are: {', '.join(map(name_of, known)) or 'none yet'}{hint}")
+
+
+def select(names: Iterable[str], solutions: bool = False) -> list[Path]:
+    "The notebooks named, or all of them if none is named."
+    return [path_of(name) for name in names] or find(solutions)
+
+
+# --- what a chapter depends on ---------------------------------------------------------------------------------------
+
+
+def _imports(source: str, where: Path | None = None) -> set[str]:
+    "Names of the package's modules that Python `source` imports or names; `where` resolves relative imports."
+    found = set(NAMED.findall(source))
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            inside = node.level and where is not None
+            if inside and node.module:
+                found.add(node.module.split(".")[0])
+            elif inside or node.module == PACKAGE:
+                found |= {alias.name for alias in node.names}
+    return found
+
+
+def _plain(source: str) -> str:
+    "A cell without IPython's own syntax."
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!", "?")))
+
+
+def modules_of(path: Path) -> list[Path]:
+    "The package's files that the notebook's run depends on: modules, followed through their imports, and data."
+    package = ROOT / PACKAGE
+    wanted = set().union(
+        *(_imports(_plain(c.source)) for c in notebooks.code_cells(notebooks.read(path))), {"__init__"}
+    )
+    seen: set[Path] = set()
+    while wanted:
+        name = wanted.pop()
+        for file in (package / f"{name}.py", *(package / name).glob("**/*.py")):
+            if file.is_file() and file not in seen:
+                seen.add(file)
+                wanted |= _imports(file.read_text(encoding="utf-8"), file)
+    data = (p for p in package.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"})
+    return sorted(seen) + sorted(data)
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
+def key_of(path: Path) -> str:
+    "The key of the chapter's run: two runs with the same key give the same outputs."
+    digest = hashlib.sha256()
+    cells = [c.source for c in notebooks.code_cells(notebooks.read(path))]
+    digest.update(repr((name_of(path), cells, platform.python_version(), sys.platform)).encode())
+    digest.update(repr([(name, _version(name)) for name in LIBRARIES]).encode())
+    for file in modules_of(path):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:24]
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _run_file(path: Path, key: str) -> Path:
+    return RUNS / f"{name_of(path).replace('/', '-')}-{key}.ipynb"
+
+
+def executed_file(path: Path) -> Path:
+    return EXECUTED / f"{name_of(path)}.ipynb"
+
+
+def _environment() -> dict[str, str]:
+    "A kernel's environment: this environment's kernel, no habits of the user's own, no spinning threads."
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0"}
+    return {**os.environ, **quiet, "IPYTHONDIR": str(CACHE / "ipython"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+
+def _process(path: Path, out: Path) -> str | None:
+    "Execute in a process of its own; None or the failure."
+    command = [sys.executable, "-m", "dev.execute", str(path), str(out)]
+    child = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = child.communicate()
+    except BaseException:  # Ctrl-C: give the kernel a moment to end, then end it
+        child.terminate()
+        try:
+            child.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    if child.returncode:
+        return errors.rstrip() or f"  the process ended with code {child.returncode}"
+    return None
+
+
+def execute(path: Path, fresh: bool = False) -> Run:
+    "Bring the executed copy of the chapter up to date, from the kept run if there is one and `fresh` is not asked."
+    began, name = time.monotonic(), name_of(path)
+    if not any(notebooks.runs(cell) for cell in notebooks.read(path).cells):
+        notebooks.write_text(path.read_text(encoding="utf-8"), executed_file(path))
+        return Run(name, time.monotonic() - began, cached=True)
+    with locked(CACHE / "locks" / f"{name.replace('/', '-')}.lock", f"another book.py runs {name}; waiting for it"):
+        kept = _run_file(path, key_of(path))
+        cached = kept.exists() and not fresh
+        if not cached:
+            failure = _process(path, kept)
+            if failure:
+                executed_file(path).unlink(missing_ok=True)
+                return Run(name, time.monotonic() - began, cached=False, failure=failure)
+            _forget_older(kept)
+        result = notebooks.with_outputs(notebooks.read(path), notebooks.read(kept))
+        notebooks.write_text(nbformat.writes(result), executed_file(path))
+    return Run(name, time.monotonic() - began, cached)
+
+
+def _forget_older(kept: Path) -> None:
+    "Keep the last three runs of a chapter."
+    stem = kept.stem.rsplit("-", 1)[0]
+    alike = [p for p in RUNS.glob(f"{stem}-*.ipynb") if p.stem.rsplit("-", 1)[0] == stem]
+    for old in sorted(alike, key=lambda p: p.stat().st_mtime)[:-3]:
+        old.unlink(missing_ok=True)
+
+
+def run_all(paths: list[Path], fresh: bool = False, after=None) -> list[Run]:
+    "Execute `paths` one after the other with a line of progress for each; `after(run)` is called after each."
+    runs = []
+    width = max((len(name_of(p)) for p in paths), default=0)
+    for number, path in enumerate(paths, 1):
+        print(f"  [{number:>{len(str(len(paths)))}}/{len(paths)}] {name_of(path):<{width}} ", end="", flush=True)
+        run = execute(path, fresh)
+        state = "failed" if run.failure else "unchanged, from the cache" if run.cached else "executed"
+        print(f"{run.seconds:7.1f} s  {state}", flush=True)
+        if run.failure:
+            print(run.failure, flush=True)
+        runs.append(run)
+        if after:
+            after(run)
+    return runs
