@@ -119,9 +119,9 @@ class Page(HTMLParser):
 
 
 def check_links(out: Path = HTML) -> list[str]:
-    "What is wrong with the links of the built pages: broken links, anchors, images, and anything loaded from elsewhere."
+    "What is wrong with the built pages: links, anchors and images that lead nowhere, anything loaded from elsewhere."
     out = Path(out).resolve()
-    pages = {f: Page(f.read_text(encoding="utf-8")) for f in sorted(out.rglob("*.html"))}
+    pages = {f: Page(f.read_text(encoding="utf-8")) for f in html_pages(out)}
     if not pages:
         return [f"{out}: no page there; build the site first"]
     wrong = []
@@ -135,6 +135,11 @@ def check_links(out: Path = HTML) -> list[str]:
         for url in re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^\"')\s]+)", text):
             wrong.append(f"{sheet.relative_to(out)}: loads {url} from elsewhere")
     return wrong
+
+
+def html_pages(out: Path) -> list[Path]:
+    "The pages of a built site (templates that the theme copies into _static are none)."
+    return sorted(f for f in out.rglob("*.html") if f.relative_to(out).parts[0] != "_static")
 
 
 def is_external(url: str) -> bool:

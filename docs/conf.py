@@ -17,6 +17,7 @@ version = release = settings["version"]
 
 extensions = ["myst_nb", "sphinx_copybutton", "chapter_pages"]
 exclude_patterns = ["**.ipynb_checkpoints"]
+suppress_warnings = ["myst.header"]  # the bibliography goes from its title to one small heading per paper
 nitpick_ignore_regex = [("py:.*", ".*")]  # signatures name torch's and jaxtyping's types
 add_module_names = False
 python_maximum_signature_line_length = 88
@@ -46,8 +47,11 @@ html_math_renderer = "katex"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
-html_last_updated_fmt = None
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}
+toc_object_entries_show_parents = "hide"
 html_theme_options = {
+    "navbar_persistent": [],
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,

@@ -10,13 +10,12 @@ import json
 import re
 from pathlib import Path
 
+import chapter_reader
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.domains.math import MathDomain
 from sphinx.transforms import SphinxTransform
-
-import chapter_reader
 
 APPENDIX = 90  # files numbered from here on are appendices
 OUTSIDE = re.compile(r"\[(?P<text>[^\]\n]*)\]\((?P<path>(?:\.\./)+[^)\s\"\\]+)\)")
@@ -92,19 +91,22 @@ class DrawMarks(SphinxTransform):
             "", nodes.literal("", label), refdomain="math", reftype="eq", reftarget=label, refwarn=True
         )
         link["refdoc"] = self.env.docname
-        return badge + link
+        badge += link
+        return badge
 
     def export_badge(self, module: str, names: list[str]) -> nodes.Element:
         badge = nodes.inline("", "exported to ", classes=["badge-export"])
         badge += [nodes.target("", "", ids=[code_anchor(module, name)]) for name in names]
         text = nodes.literal("", f"{self.config.project}.{module}")
         if f"api/{module}" not in self.env.found_docs:
-            return badge + text
+            badge += text
+            return badge
         link = addnodes.pending_xref(
             "", text, refdomain="std", reftype="doc", reftarget=f"/api/{module}", refexplicit=True, refwarn=True
         )
         link["refdoc"] = self.env.docname
-        return badge + link
+        badge += link
+        return badge
 
 
 def code_anchor(module: str, name: str) -> str:
@@ -148,7 +150,7 @@ def contents(docnames: set[str]) -> str:
         "Chapters": [d for d in numbered if chapter_number(d) is not None],
         "Appendices": [d for d in numbered if chapter_number(d) is None] + rest,
         "Solutions": sorted(d for d in docnames if d.startswith("solutions/")),
-        "The library": sorted(d for d in docnames if d.startswith("api/")),
+        "The library": sorted((d for d in docnames if d.startswith("api/")), key=lambda d: (d != "api/index", d)),
     }
     trees = [
         "```{toctree}\n:hidden:\n:caption: " + name + "\n\n" + "\n".join(pages) + "\n```"
