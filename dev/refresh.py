@@ -68,19 +68,39 @@ def same_picture(old: str, new: str) -> bool:
 
 
 def _rename(value, names: dict[str, str], pattern: re.Pattern):
-    if not names:
-        return value
     return json.loads(pattern.sub(lambda m: names[m[0]], json.dumps(value)))
+
+
+def _walk(waiting: list[str], state: dict, order: dict[str, int]) -> None:
+    "Add the models `waiting` to `order`, each followed by those it refers to."
+    for model in waiting:
+        if model in state and model not in order:
+            order[model] = len(order)
+            _walk(re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model], sort_keys=True)), state, order)
+
+
+def _order(state: dict, nb: NotebookNode) -> list[str]:
+    "Ids of the widget models in an order that no random id decides: as shown, then (links) by what they refer to."
+    order: dict[str, int] = {}
+    views = [o.data.get(WIDGET_VIEW) for c in notebooks.code_cells(nb) for o in c.outputs if "data" in o]
+    _walk([view["model_id"] for view in views if view], state, order)
+
+    def content(model: str) -> str:
+        said = json.dumps(state[model], sort_keys=True)
+        return VOLATILE.sub(lambda m: f"<{order.get(m[0], '')}>", said)
+
+    _walk(sorted(state.keys() - order, key=content), state, order)
+    return list(order)
 
 
 def number_widgets(nb: NotebookNode, name: str) -> None:
     "Replace the random ids of widget models by ids made of the chapter's name and their order; empties `msg_id`s."
     widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE)
-    if not widgets:
+    if not widgets or not widgets["state"]:
         return
-    order = list(widgets["state"])
+    order = _order(widgets["state"], nb)
     names = {old: hashlib.md5(f"{name}/{i}".encode()).hexdigest() for i, old in enumerate(order)}
-    pattern = re.compile("|".join(map(re.escape, order)) or "(?!)")
+    pattern = re.compile("|".join(map(re.escape, order)))
     state = _rename(widgets["state"], names, pattern)
     for model in state.values():
         if model.get("state", {}).get("msg_id"):
