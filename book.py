@@ -135,11 +135,11 @@ def free(path):
 def no_space(doing):
     places = {ROOT, Path(tempfile.gettempdir()), Path.home()}
     left = ", ".join(f"{free(place)} in {place}" for place in sorted(places))
-    return f"no space left on the disk while {doing} (free: {left}).\nMake room and run the same command again; it repairs what is half done."
+    return f"no space left on the disk while {doing} (free: {left}).\nMake room and run again; it repairs what is half done."
 
 
 def guarded(main):
-    "Run `main()`; what can go wrong around a program (Ctrl-C, disk, permissions) is said in a line, not in a traceback."
+    "Run `main()`; what goes wrong around a program (Ctrl-C, disk, permissions) is said in a line, not in a traceback."
 
     def terminated(*_):
         raise KeyboardInterrupt
@@ -161,7 +161,8 @@ def guarded(main):
             return say(no_space(f"writing {where}"))
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return say(
-                f"no permission to write {where} ({error.strerror}).\nMake {ROOT} yours (chown) or clone the book where you may write."
+                f"no permission to write {where} ({error.strerror}).\n"
+                f"Make {ROOT} yours (chown) or clone the book where you may write."
             )
         raise
 
@@ -208,21 +209,26 @@ def required():
 
 PROBE = """
 import sys, json, importlib.metadata as m
-absent = []
-for name in sys.argv[1:]:
-    try: m.version(name)
-    except m.PackageNotFoundError: absent.append(name)
-print(json.dumps([sys.version_info[:3], absent]))
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+print(json.dumps([sys.version_info[:3], {name: version(name) for name in sys.argv[1:]}]))
 """
 
 
-def probe():
-    "Ask the environment's Python for its version and the required packages it lacks; None if it does not run."
+def probe(names):
+    "Ask the environment's Python for its version and those of the distributions `names`; None if it does not run."
     try:
-        done = subprocess.run([PYTHON, "-c", PROBE, *required()], cwd=VENV, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([PYTHON, "-c", PROBE, *names], cwd=VENV, capture_output=True, text=True, timeout=60)
         return json.loads(done.stdout) if done.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
+
+
+def inspect():
+    "(version of the environment's Python, required distributions it lacks), or None if it does not run."
+    found = probe(required())
+    return found and (tuple(found[0]), [name for name, version in found[1].items() if version is None])
 
 
 def key(version):
@@ -239,8 +245,8 @@ def diagnosis():
         return "make", "there is no environment yet"
     if UNFINISHED.exists():
         return "rebuild", "the last installation was interrupted"
-    found = probe()
-    if found is None or tuple(found[0]) < (3, 11):
+    found = inspect()
+    if found is None or found[0] < (3, 11):
         return "rebuild", "its Python does not run any more"
     version, absent = found
     try:
@@ -371,14 +377,12 @@ def pip(title, *arguments):
 
 
 def torch_is_there():
-    done = subprocess.run([PYTHON, "-c", PROBE.replace("m.version(name)", "assert m.version(name[0:5]).split('+')[0] == name[7:]")
-                           .replace("except m.PackageNotFoundError", "except Exception"), pinned("torch")],
-                          cwd=VENV, capture_output=True, text=True)  # fmt: skip
-    return done.returncode == 0 and json.loads(done.stdout)[1] == []
+    found = probe(["torch"])
+    return bool(found) and (found[1]["torch"] or "").split("+")[0] == pinned("torch").split("==")[1]
 
 
 def install_torch():
-    "On Linux without an NVIDIA driver: torch first and alone, from PyTorch's CPU wheels (the ordinary ones carry CUDA)."
+    "On Linux without an NVIDIA driver: torch first and alone, from PyTorch's CPU wheels (ordinary ones carry CUDA)."
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") or torch_is_there():
         return
     quick = ["--no-deps", "--retries", "0", "--timeout", "5", "--index-url", TORCH_CPU_INDEX]
@@ -416,10 +420,8 @@ def make_environment():
 
 def mend(action, why):
     "Make, rebuild or repair the environment; its stamp is written last."
-    print(
-        f"book.py: {'setting up' if action == 'make' else action + 'ing' if action != 'make' else ''} the environment in .venv ({why})",
-        flush=True,
-    )
+    doing = {"make": "setting up", "rebuild": "rebuilding", "repair": "repairing"}[action]
+    print(f"book.py: {doing} the environment in .venv ({why})", flush=True)
     began = time.monotonic()
     if action == "rebuild":
         remove_environment()
@@ -438,7 +440,7 @@ def mend(action, why):
         if "no space" not in str(stop):  # pip ended by itself and left nothing half written: go on from here next time
             UNFINISHED.unlink()
         raise
-    found = probe()
+    found = inspect()
     if found is None or found[1]:
         raise Stop("the installation ended without an error, and yet something is missing: "
                    f"{', '.join(found[1]) if found else 'Python'}. Try: python3 book.py setup --rebuild")  # fmt: skip

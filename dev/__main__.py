@@ -31,7 +31,7 @@ def run(args) -> int:
     if args.command == "read":
         from dev import read
 
-        return read.main(args.chapter, once=args.once, port=args.port, browser=not args.no_browser)
+        return read.main(args.chapter, once_only=args.once, port=args.port, browser=not args.no_browser)
     raise Problem(f"no subcommand {args.command!r}; see: python3 book.py --help")
 
 

@@ -1,4 +1,4 @@
-"""Notebooks as data: read, write the way nbdev writes, clean, and carry outputs and ids from one version to the next."""
+"""Notebooks as data: read, write as nbdev writes, clean, and carry outputs and ids from one version to the next."""
 
 import difflib
 import json
@@ -52,7 +52,7 @@ def write(nb: NotebookNode, path: Path) -> bool:
 
 
 def write_text(new: str, path: Path) -> bool:
-    "Write `new` to `path` in one move, so that an interruption leaves the old file or the new; False if nothing changed."
+    "Write `new` to `path` in one move (an interruption leaves the old file or the new); False if nothing changed."
     if path.exists() and path.read_text(encoding="utf-8") == new:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
