@@ -135,7 +135,7 @@ def free(path):
 def no_space(doing):
     places = {ROOT, Path(tempfile.gettempdir()), Path.home()}
     left = ", ".join(f"{free(place)} in {place}" for place in sorted(places))
-    return f"no space left on the disk while {doing} (free: {left}).\nMake room and run again; it repairs what is half done."
+    return f"no space left on the disk while {doing} (free: {left}).\nMake room and run again: that repairs it."
 
 
 def guarded(main):

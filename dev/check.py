@@ -17,6 +17,7 @@ from dev import CACHE, ROOT, Problem, chapters, equations, export, refresh
 
 BUDGET = 40  # seconds of a chapter on two quiet cores
 LEFT_OUT = {"fast": "not daily and not slow and not full", "plain": "not slow and not full", "full": ""}
+NOT_FAST = ("test_site.py", "test_lab.py", "test_package.py")  # browsers and builds
 REPORT = CACHE / "pytest.xml"
 
 
@@ -29,7 +30,7 @@ class Result:
     problems: list[str]
 
 
-# --- the steps: each returns what is wrong, a line (or a few) per problem ----------------------------------------------
+# --- the steps: each returns what is wrong, a line (or a few) per problem --------------------------------------------
 
 
 def lint() -> list[str]:
@@ -66,6 +67,8 @@ def run_chapters() -> list[str]:
 
 def pytest(depth: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", f"--junitxml={REPORT}", "-m", LEFT_OUT[depth]]
+    if depth == "fast":
+        command += [f"--ignore=tests/{name}" for name in NOT_FAST]
     REPORT.unlink(missing_ok=True)
     code = subprocess.run(command, cwd=ROOT).returncode
     return [f"pytest ended with exit code {code} (above)"] if code else []
@@ -78,7 +81,7 @@ def build_site() -> list[str]:
     return site.check_links(site.HTML)
 
 
-# --- running them ------------------------------------------------------------------------------------------------------
+# --- running them ----------------------------------------------------------------------------------------------------
 
 
 def _indented(text: str, limit: int = 40) -> str:

@@ -5,6 +5,7 @@ a code cell that begins `# check: eq-name` (or several names, separated by comma
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,3 +84,7 @@ def coverage(book: Mapping[str, NotebookNode]) -> str:
     results = {label for label in every if label.startswith("eq-")}
     covered = results & {n for nb in book.values() for names, s in checks(nb) for n in names if asserts(s)}
     return f"{len(covered)} of {len(results)} labelled results checked, {len(set(every)) - len(results)} definitions"
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(problems(book())) or 0)

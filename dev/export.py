@@ -158,3 +158,7 @@ def main() -> int:
     changed = export()
     print("\n".join(f"  wrote {name}" for name in changed) or "  package, README.md and notebooks were in step already")
     return 0
+
+
+if __name__ == "__main__":  # the pre-commit hook: says what is out of step and changes nothing
+    sys.exit("\n".join(problems()) or 0)
