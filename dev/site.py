@@ -38,9 +38,19 @@ def build(executed: Path | None = None, out: Path = HTML, source: Path = NBS, pa
     except VendorError as error:
         raise SiteError(str(error)) from error
     work = out.parent
+    (work / "built").unlink(missing_ok=True)
     stage(Path(source), work / "src", executed and Path(executed), package)
     mirror(ROOT / "assets", work / "assets")
     run_sphinx(work / "src", work / "doctrees", out)
+    (work / "built").touch()
+
+
+def is_fresh(out: Path = HTML) -> bool:
+    "Whether the book's site was built, without a warning, since anything it is made of last changed."
+    stamp = Path(out).resolve().parent / "built"
+    sources = [NBS, PACKAGE, ROOT / "assets", DOCS / "_ext", DOCS / "_static", DOCS / "conf.py"]
+    files = [f for s in sources for f in (s.rglob("*") if s.is_dir() else [s]) if "__pycache__" not in f.parts]
+    return stamp.exists() and stamp.stat().st_mtime > max(f.stat().st_mtime for f in files)
 
 
 def stage(source: Path, target: Path, executed: Path | None, package: Path) -> None:

@@ -58,6 +58,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "use_source_button": False,
     "home_page_in_toc": False,
+    "footer_content_items": ["copyright.html"],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

@@ -2,6 +2,7 @@
 
 * chapters carry the number of their file (`01_forward` is chapter 1), their equations count within it: (1.3);
 * an exported cell says to which module, a check which equation it checks, a checked equation that it is;
+* a paragraph all in italics below a cell is its figure's caption;
 * formulas are left as TeX for KaTeX, which `_static/book.js` calls in the reader's browser;
 * the table of contents is built from the files that exist.
 """
@@ -81,6 +82,9 @@ class DrawMarks(SphinxTransform):
             if badges.children:
                 cell.insert(0, badges)
                 cell["classes"].append("has-badges")
+            after = cell.next_node(siblings=True, descend=False)
+            if isinstance(after, nodes.paragraph) and [type(child) for child in after.children] == [nodes.emphasis]:
+                after["classes"].append("figure-caption")
         for formula in self.document.findall(nodes.math_block):
             if formula.get("label") in checked:
                 formula["check"] = checked[formula["label"]]
