@@ -89,16 +89,11 @@ def _imports(source: str, where: Path | None = None) -> set[str]:
     return found
 
 
-def _plain(source: str) -> str:
-    "A cell without IPython's own syntax."
-    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!", "?")))
-
-
 def modules_of(path: Path) -> list[Path]:
     "The package's files that the notebook's run depends on: modules, followed through their imports, and data."
     package = ROOT / PACKAGE
     wanted = set().union(
-        *(_imports(_plain(c.source)) for c in notebooks.code_cells(notebooks.read(path))), {"__init__"}
+        *(_imports(notebooks.plain(c.source)) for c in notebooks.code_cells(notebooks.read(path))), {"__init__"}
     )
     seen: set[Path] = set()
     while wanted:

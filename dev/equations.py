@@ -4,6 +4,7 @@ A result is displayed mathematics labelled `$$ ... $$ (eq-name)`; definitions, `
 a code cell that begins `# check: eq-name` (or several names, separated by commas) and holds an assertion.
 """
 
+import ast
 import re
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 CHECK = re.compile(r"#\s*check:\s*(.*)")
 NAME = re.compile(r"(eq|def)-[a-z0-9]+(-[a-z0-9]+)*")
-ASSERTION = re.compile(r"^\s*assert\b|\bassert_\w+\(|\b\w*\.?raises\(", re.MULTILINE)
 
 
 def labels(nb: NotebookNode) -> list[str]:
@@ -39,8 +39,15 @@ def checks(nb: NotebookNode) -> list[tuple[list[str], str]]:
 
 
 def asserts(source: str) -> bool:
-    "Whether the cell holds an assertion that is not commented out."
-    return bool(ASSERTION.search(re.sub(r"#.*", "", source)))
+    "Whether the cell holds an assertion: `assert`, a call of `assert_...` or of `raises`."
+    try:
+        tree = ast.parse(notebooks.plain(source))
+    except SyntaxError:
+        return False
+    calls = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    names = [getattr(f, "attr", getattr(f, "id", "")) for f in calls]
+    named = any(name.startswith("assert_") or name == "raises" for name in names)
+    return named or any(isinstance(n, ast.Assert) for n in ast.walk(tree))
 
 
 def problems(book: Mapping[str, NotebookNode]) -> list[str]:

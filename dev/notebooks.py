@@ -69,6 +69,11 @@ def code_cells(nb: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in nb.cells if cell.cell_type == "code"]
 
 
+def plain(source: str) -> str:
+    "A cell without IPython's own syntax."
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!", "?")))
+
+
 def directives(source: str) -> Iterator[str]:
     "The `#|` directives at the head of a cell, without the mark: 'export', 'eval: false', ..."
     for line in source.splitlines():
