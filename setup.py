@@ -1,4 +1,5 @@
 "Packaging, from settings.ini alone (standard library and setuptools only)."
+
 from configparser import ConfigParser
 from pathlib import Path
 
