@@ -143,8 +143,9 @@ def chapter_link(module: str, name: str, notebook: str) -> str:
 
 
 def markdown(docstring: str) -> str:
-    "A docstring as Markdown: `alpha*x0` keeps its star and `<` stays a sign, outside code and formulas."
+    "A docstring as Markdown: `alpha*x0` keeps its star, `<` stays a sign, `(eq-name)` becomes a link."
     pieces = re.split(r"(```.*?```|`[^`\n]+`|\$[^$\n]+\$)", inspect.cleandoc(docstring), flags=re.DOTALL)
     for i in range(0, len(pieces), 2):
         pieces[i] = re.sub(r"(?<=\S)\*(?=\S)", r"\\*", pieces[i]).replace("<", "&lt;")
+        pieces[i] = re.sub(r"\(((?:eq|def)-[\w-]+)\)", r"{eq}`\1`", pieces[i])
     return "".join(pieces)

@@ -91,7 +91,7 @@ def first() -> nbformat.NotebookNode:
         "# Growth\n\nA *nightingale* sings; [Ho 2020](bibliography.md#ho-2020) wrote it down: $a_t = 1$.",
         code("#| default_exp growth"),
         code("#| hide\nimport secret_preparation"),
-        code("#| export\ndef grow(x, *, rate=2.0, steps=None):\n    return x * rate"),
+        code("#| export\nLIMIT: int = 3\n\n\nclass Growth: ...\n\n\ndef grow(x, *, rate=2.0): return x * rate"),
         "## How fast?\n\nA definition and a result:\n\n$$\na := 1\n$$ (def-one)\n\n"
         "$$\nx_t = x_0 e^{at} \\\\\nx_0 = 1\n$$ (eq-growth)\n\n"
         "By (eq-growth) and (def-one), all is said.\n\n$$\n" + long + "\n$$",

@@ -10,7 +10,7 @@ import minibook
 import nbformat
 import pytest
 
-from dev import api, site
+from dev import api, read, site
 
 needed = [m for m in ("sphinx", "myst_nb", "sphinx_book_theme") if importlib.util.find_spec(m) is None]
 pytestmark = [
@@ -32,7 +32,7 @@ def mini(tmp_path_factory):
 def book():
     "The book itself: as it was just built, else built now."
     if not site.is_fresh():
-        site.build()
+        read.build(executed=False)
     return site.HTML
 
 
@@ -105,6 +105,7 @@ def test_the_library_page_shows_signatures_as_written(mini):
     assert "alpha*x0 + sigma*eps" in text and "x &lt; 0" in text
     for name in ("LIMIT", "Growth", "grow", "at", "half"):
         assert f"{name}" in text
+    assert "see (1.2)" in text
     assert "code-growth-grow" in (mini / "01_first.html").read_text()
 
 

@@ -98,8 +98,10 @@ def defined_names(source: str) -> list[str]:
         body = ast.parse(source).body
     except SyntaxError:
         return []
-    names = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    return names + [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    names = [n.name for n in body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    targets = [t for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in body if isinstance(n, ast.AnnAssign)]
+    return names + [t.id for t in targets if isinstance(t, ast.Name)]
 
 
 def link_references(text: str) -> str:
