@@ -16,22 +16,24 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
-
 from .scenes import ATTRIBUTES, RELATIONS, Scenes
+from torch import Tensor
 
 # %% ../nbs/06b_captions.ipynb #20e5db27
 EXAMPLE = "a large red metal sphere left of a small blue rubber cube"
 OPPOSITES = {"right of": "left of", "behind": "in front of"}
-Thing = tuple[str | None, str | None, str | None, str | None]  # size, color, material, shape; None: not said
+Thing = tuple[
+    str | None, str | None, str | None, str | None
+]  # size, color, material, shape; None: not said
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: one or two things, and the relation of the first to the second (None: not said).
+    """What a caption says: one or two things, and the relation of the first to the second.
 
-    "right of" and "behind" are turned into "left of" and "in front of" by exchanging the two; without a relation their
-    order means nothing and is made alphabetical. Raises ValueError for anything that is not in the world of scenes."""
+    None means not said. "right of" and "behind" are turned into "left of" and "in front of" by
+    exchanging the two; without a relation their order means nothing and is made alphabetical.
+    Raises ValueError for anything that is not in the world of scenes."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -40,17 +42,20 @@ class Description:
         things, relation = tuple(map(tuple, self.things)), self.relation
         for thing in things:
             if len(thing) != 4 or any(
-                v is not None and v not in known for v, known in zip(thing, ATTRIBUTES.values(), strict=True)
+                v is not None and v not in known
+                for v, known in zip(thing, ATTRIBUTES.values(), strict=True)
             ):
                 raise ValueError(
-                    f"a thing is (size, color, material, shape) with values of ATTRIBUTES or None, got {thing}"
+                    f"a thing is (size, color, material, shape) of ATTRIBUTES or None, got {thing}"
                 )
         if (
             len(things) not in (1, 2)
             or relation not in (None, *RELATIONS, *OPPOSITES)
             or (relation and len(things) == 1)
         ):
-            raise ValueError(f"need one thing, or two with a relation or None; got {len(things)} and {relation!r}")
+            raise ValueError(
+                f"need one thing, or two and perhaps a relation; got {len(things)}, {relation!r}"
+            )
         if relation in OPPOSITES:
             things, relation = things[::-1], OPPOSITES[relation]
         elif relation is None:
@@ -59,20 +64,28 @@ class Description:
         object.__setattr__(self, "relation", relation)
 
     def fits(self, shown: "Description") -> bool:
-        "Whether everything that is said here is true of `shown`, which may say more but has as many things."
+        "Whether all that is said here is true of `shown`, which may say more of as many things."
         orders = [shown.things] if self.relation else itertools.permutations(shown.things)
-        said = lambda one, other: all(v in (None, w) for v, w in zip(one, other, strict=True))  # noqa: E731
+        said = lambda a, b: all(v in (None, w) for v, w in zip(a, b, strict=True))  # noqa: E731
         same = any(all(map(said, self.things, order)) for order in orders)
-        return len(self.things) == len(shown.things) and self.relation in (None, shown.relation) and same
+        return (
+            len(self.things) == len(shown.things)
+            and self.relation in (None, shown.relation)
+            and same
+        )
 
 # %% ../nbs/06b_captions.ipynb #f4fa44c8
 def describe(scenes: Scenes) -> list[Description]:
     "Everything there is to say about each scene."
-    name = lambda row: tuple(values[k] for values, k in zip(ATTRIBUTES.values(), row, strict=True))  # noqa: E731
+    values = list(ATTRIBUTES.values())
+    name = lambda row: tuple(v[k] for v, k in zip(values, row, strict=True))  # noqa: E731
     found = []
     for rows, relation in zip(scenes.attributes.tolist(), scenes.relation.tolist(), strict=True):
         found.append(
-            Description(tuple(name(r) for r in rows if r[0] >= 0), RELATIONS[relation] if relation >= 0 else None)
+            Description(
+                tuple(name(r) for r in rows if r[0] >= 0),
+                RELATIONS[relation] if relation >= 0 else None,
+            )
         )
     return found
 
@@ -85,13 +98,20 @@ def encode(
     What is not said is -1, or drawn at random if a generator is given."""
     attributes = torch.full((len(descriptions), 2, 4), -1)
     relation = torch.full((len(descriptions),), -1)
-    draw = lambda n: -1 if generator is None else int(torch.randint(n, (), generator=generator))  # noqa: E731
+
+    def draw(n: int) -> int:
+        return -1 if generator is None else int(torch.randint(n, (), generator=generator))
+
     for i, description in enumerate(descriptions):
         for j, thing in enumerate(description.things):
             for k, (value, known) in enumerate(zip(thing, ATTRIBUTES.values(), strict=True)):
                 attributes[i, j, k] = known.index(value) if value else draw(len(known))
         if len(description.things) == 2:
-            relation[i] = RELATIONS.index(description.relation) if description.relation else draw(len(RELATIONS))
+            relation[i] = (
+                RELATIONS.index(description.relation)
+                if description.relation
+                else draw(len(RELATIONS))
+            )
     return attributes, relation
 
 # %% ../nbs/06b_captions.ipynb #32ce8f74
@@ -117,11 +137,12 @@ TOGETHER = ("{a} and {b}", "a picture of {a} and {b}", "there is {a} and {b}")  
 
 
 def phrases(thing: Thing) -> list[str]:
-    "All ways to name a thing, the plain one first: 'a large red metal sphere', 'a big red ball made of metal', ..."
+    "All ways to name a thing, the plain one first: 'a red metal cube', 'a red shiny cube', ..."
     size, color, material, shape = thing
     sizes, materials = (SYNONYMS[v] if v else ("",) for v in (size, material))
     ways = [
-        (s, color or "", m, n, "") for s, m, n in itertools.product(sizes, materials, SYNONYMS.get(shape, (shape,)))
+        (s, color or "", m, n, "")
+        for s, m, n in itertools.product(sizes, materials, SYNONYMS.get(shape, (shape,)))
     ]
     if material:
         ways += [
@@ -133,7 +154,7 @@ def phrases(thing: Thing) -> list[str]:
 
 
 def forms(description: Description) -> list[tuple[str, list[str], list[str], list[str]]]:
-    "The sentence patterns, the plain one first, each with what may stand for {a}, {relation} and {b}."
+    "Sentence patterns, the plain one first, each with all that may fill {a}, {relation}, {b}."
     a, b = phrases(description.things[0]), phrases(description.things[-1])
     if len(description.things) == 1:
         return [(pattern, a, [""], [""]) for pattern in SINGLE]
@@ -141,7 +162,9 @@ def forms(description: Description) -> list[tuple[str, list[str], list[str], lis
         return [(pattern, *order) for pattern in TOGETHER for order in ((a, [""], b), (b, [""], a))]
     opposite = {v: k for k, v in OPPOSITES.items()}[description.relation]
     return [
-        (pattern, x, PHRASES[r], y) for r, x, y in ((description.relation, a, b), (opposite, b, a)) for pattern in PAIR
+        (pattern, x, PHRASES[r], y)
+        for r, x, y in ((description.relation, a, b), (opposite, b, a))
+        for pattern in PAIR
     ]
 
 
@@ -153,12 +176,14 @@ def sentences(description: Description) -> Iterator[str]:
 
 
 def caption(description: Description, generator: torch.Generator | None = None) -> str:
-    "A caption: the plain one, or one at random (pattern first, then words) if a generator is given."
+    "The plain caption; with a generator a random one, by drawing the pattern, then the words."
     pick = lambda options: options[
         0 if generator is None else int(torch.randint(len(options), (), generator=generator))
     ]  # noqa: E731
     pattern, *options = pick(forms(description))
-    return pattern.format(**{key: pick(words) for key, words in zip(("a", "relation", "b"), options, strict=True)})
+    return pattern.format(
+        **{key: pick(words) for key, words in zip(("a", "relation", "b"), options, strict=True)}
+    )
 
 # %% ../nbs/06b_captions.ipynb #eb139cb7
 MEANING = {
@@ -170,7 +195,9 @@ MEANING = {
 MEANING |= {word: (3, None) for word in SYNONYMS[None]}
 NOUNS = sorted(word for word, (k, _) in MEANING.items() if k == 3)
 _PATTERNS = SINGLE + PAIR + TOGETHER
-_FRAME = re.sub(r"{\w+}", " ", " ".join(_PATTERNS)) + " " + " ".join(itertools.chain(*PHRASES.values()))
+_FRAME = (
+    re.sub(r"{\w+}", " ", " ".join(_PATTERNS)) + " " + " ".join(itertools.chain(*PHRASES.values()))
+)
 VOCABULARY = sorted(
     {*MEANING, *re.findall("[a-z]+", _FRAME), "a", "an", "the", "one", "made", "of"}
 )  # all a caption may hold
@@ -183,7 +210,9 @@ def _expression(pattern: str) -> re.Pattern:
     thing = rf"(?:(?:a|an|the|one) )?(?:(?:{adjectives}) )*(?:{'|'.join(NOUNS)}){made}"
     relation = "|".join(itertools.chain(*PHRASES.values()))
     return re.compile(
-        pattern.replace(",", "").format(a=f"(?P<a>{thing})", b=f"(?P<b>{thing})", relation=f"(?P<relation>{relation})")
+        pattern.replace(",", "").format(
+            a=f"(?P<a>{thing})", b=f"(?P<b>{thing})", relation=f"(?P<relation>{relation})"
+        )
     )
 
 
@@ -198,7 +227,9 @@ def _thing(text: str) -> Thing:
         if value is None:
             continue
         if said[k] is not None:
-            raise ValueError(f"{text!r} names a {list(ATTRIBUTES)[k]} twice: {said[k]!r} and {value!r}")
+            raise ValueError(
+                f"{text!r} names a {list(ATTRIBUTES)[k]} twice: {said[k]!r} and {value!r}"
+            )
         said[k] = value
     return tuple(said)
 
@@ -206,8 +237,8 @@ def _thing(text: str) -> Thing:
 def parse(text: str) -> Description:
     """What a caption means.
 
-    Raises ValueError: for an empty text; for an unknown word, with the nearest known ones; for an attribute named
-    twice; for a sentence outside the grammar."""
+    Raises ValueError: for an empty text; for an unknown word, with the nearest known ones; for an
+    attribute named twice; for a sentence outside the grammar."""
     words = re.sub(r"[^\w\s-]", " ", text.lower()).split()
     if not words:
         raise ValueError(f"the caption is empty; say, for example, {EXAMPLE!r}")
@@ -220,12 +251,18 @@ def parse(text: str) -> Description:
             parts = found.groupdict()
             things = tuple(_thing(parts[key]) for key in ("a", "b") if parts.get(key))
             said = parts.get("relation")
-            return Description(things, next((r for r, ways in PHRASES.items() if said in ways), None))
-    raise ValueError(f"cannot read {text!r}: all words are known, but not the sentence; say, for example, {EXAMPLE!r}")
+            return Description(
+                things, next((r for r, ways in PHRASES.items() if said in ways), None)
+            )
+    raise ValueError(
+        f"cannot read {text!r}: known words, unknown sentence; say, for example, {EXAMPLE!r}"
+    )
 
 # %% ../nbs/06b_captions.ipynb #c99cf3d6
-def forget(description: Description, generator: torch.Generator, chance: float = 0.25) -> Description:
-    "The description with each size and each material left out with this chance; colour, shape and relation stay."
+def forget(
+    description: Description, generator: torch.Generator, chance: float = 0.25
+) -> Description:
+    "The description with each size and each material left out with this chance."
     keep = (torch.rand(len(description.things), 2, generator=generator) >= chance).tolist()
     things = [
         (s if k0 else None, c, m if k1 else None, n)
@@ -234,8 +271,10 @@ def forget(description: Description, generator: torch.Generator, chance: float =
     return Description(tuple(things), description.relation)
 
 
-def captions(scenes: Scenes, generator: torch.Generator | None = None, chance: float = 0.0) -> list[str]:
-    "A caption for each scene: plain without a generator, paraphrased with one; `chance` (needs one) as in `forget`."
+def captions(
+    scenes: Scenes, generator: torch.Generator | None = None, chance: float = 0.0
+) -> list[str]:
+    "A caption for each scene: plain, or paraphrased with a generator; `chance`: see `forget`."
     said = describe(scenes)
     if chance:
         said = [forget(description, generator, chance) for description in said]

@@ -27,14 +27,21 @@ ATTRIBUTES = {
     "shape": ("sphere", "cube", "cylinder"),
 }
 SIZE, COLOR, MATERIAL, SHAPE = range(4)  # columns of an attribute tensor
-RELATIONS = ("left of", "in front of")  # of the first object to the second; the opposites exchange the two
+RELATIONS = (
+    "left of",
+    "in front of",
+)  # of the first object to the second; the opposites exchange the two
 RADIUS = (0.42, 0.72)  # of a small and a large sphere
-FULLNESS = (1.0, 0.8, 0.8)  # half the edge of a cube, radius and half the height of a cylinder, per sphere radius
+FULLNESS = (
+    1.0,
+    0.8,
+    0.8,
+)  # half the edge of a cube, radius and half the height of a cylinder, per sphere radius
 
 # %% ../nbs/06_scenes.ipynb #a01a752b
 @dataclass(frozen=True)
 class Camera:
-    "A pinhole camera that looks at `target` from `distance`, angles in degrees; `width` is what it sees there."
+    "A pinhole camera looking at `target`; angles in degrees; `width` is what it sees there."
 
     elevation: float = 32.0
     azimuth: float = 0.0
@@ -52,12 +59,14 @@ class Camera:
         return torch.tensor(self.target, **options) - self.distance * frame[2], frame
 
     def rays(self, size: int, **options) -> tuple[Float[Tensor, "3 1"], Float[Tensor, "3 p"]]:
-        "The common origin and the unit directions of size x size pixels, row by row from the upper left."
+        "The origin and the unit directions of size x size pixels, by rows from the upper left."
         origin, frame = self.axes(**options)
         g = (2 * torch.arange(size, **options) + 1) / size - 1  # pixel centres in [-1, 1]
         v, h = torch.meshgrid(-g, g, indexing="ij")
         k = self.width / (2 * self.distance)
-        direction = frame.T @ torch.stack([k * h.flatten(), k * v.flatten(), torch.ones_like(h).flatten()])  # [3 p]
+        direction = frame.T @ torch.stack(
+            [k * h.flatten(), k * v.flatten(), torch.ones_like(h).flatten()]
+        )  # [3 p]
         return origin[:, None], direction / direction.norm(dim=0)
 
     def project(self, point: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 2"]:
@@ -67,7 +76,9 @@ class Camera:
         return torch.stack([right, up], -1) / (depth * self.width / (2 * self.distance))[..., None]
 
 # %% ../nbs/06_scenes.ipynb #2836d14a
-Interval = tuple[Tensor, Tensor]  # entry and exit along each ray; NaN or entry > exit where the ray misses
+Interval = tuple[
+    Tensor, Tensor
+]  # entry and exit along each ray; NaN or entry > exit where the ray misses
 
 
 def ball(o: Float[Tensor, "*b d p"], d: Float[Tensor, "*b d p"]) -> Interval:
@@ -89,7 +100,11 @@ def drum(o: Float[Tensor, "*b 3 p"], d: Float[Tensor, "*b 3 p"]) -> Interval:
     return torch.maximum(a0, b0), torch.minimum(a1, b1)
 
 
-SOLIDS = (ball, slab, drum)  # in the order of ATTRIBUTES["shape"], each of unit size around the origin
+SOLIDS = (
+    ball,
+    slab,
+    drum,
+)  # in the order of ATTRIBUTES["shape"], each of unit size around the origin
 
 # %% ../nbs/06_scenes.ipynb #2417383c
 def unit_normal(p: Float[Tensor, "*b 3 p"], shape: Int[Tensor, "*b p"]) -> Float[Tensor, "*b 3 p"]:
@@ -97,7 +112,9 @@ def unit_normal(p: Float[Tensor, "*b 3 p"], shape: Int[Tensor, "*b p"]) -> Float
     shape, zero = shape.unsqueeze(-2), torch.zeros_like(p[..., :1, :])
     face = torch.where(p.abs() == p.abs().amax(-2, keepdim=True), p.sign(), 0)
     lid = p[..., 2:, :].abs() > p[..., :2, :].norm(dim=-2, keepdim=True)
-    drum = torch.where(lid, torch.cat([zero, zero, p[..., 2:, :]], -2), torch.cat([p[..., :2, :], zero], -2))
+    drum = torch.where(
+        lid, torch.cat([zero, zero, p[..., 2:, :]], -2), torch.cat([p[..., :2, :], zero], -2)
+    )
     n = torch.where(shape == 0, p, torch.where(shape == 1, face, drum))
     return n / n.norm(dim=-2, keepdim=True)
 
@@ -106,9 +123,9 @@ def unit_normal(p: Float[Tensor, "*b 3 p"], shape: Int[Tensor, "*b p"]) -> Float
 class Scenes:
     """A batch of b scenes with up to n objects each; indexing gives a smaller batch.
 
-    `attributes` [b n 4]: indices into ATTRIBUTES (size, color, material, shape), -1 throughout for an absent object;
-    `relation` [b]: index into RELATIONS, of the first object to the second, -1 for a single one;
-    `place` [b n 2]: x and y on the floor; `turn` [b n]: angle about the vertical, radians."""
+    `attributes` [b n 4]: indices into ATTRIBUTES (size, color, material, shape), all -1 for an
+    absent object; `relation` [b]: index into RELATIONS, of the first object to the second, -1 for
+    a single one; `place` [b n 2]: x and y on the floor; `turn` [b n]: angle about the vertical."""
 
     attributes: Int[Tensor, "b n 4"]
     relation: Int[Tensor, " b"]
@@ -119,11 +136,13 @@ class Scenes:
         return len(self.relation)
 
     def __getitem__(self, index) -> "Scenes":
-        "The scenes that a slice, a mask or a list of indices selects; a single number gives a batch of one."
+        "The scenes that a slice, mask or list of indices selects; a number gives a batch of one."
         if isinstance(index, int):
             index = range(len(self))[index]  # an IndexError where there is none
             index = slice(index, index + 1)
-        return Scenes(self.attributes[index], self.relation[index], self.place[index], self.turn[index])
+        return Scenes(
+            self.attributes[index], self.relation[index], self.place[index], self.turn[index]
+        )
 
     @property
     def extent(self) -> Float[Tensor, "b n"]:
@@ -145,15 +164,25 @@ def rotate(v: Float[Tensor, "*b 3 p"], angle: Float[Tensor, "*b p"]) -> Float[Te
     return torch.stack(torch.broadcast_tensors(c * x - s * y, s * x + c * y, z), -2)
 
 
-def trace(scenes: Scenes, o: Float[Tensor, "#b 3 #p"], d: Float[Tensor, "#b 3 #p"]) -> Float[Tensor, "b n p"]:
+def trace(
+    scenes: Scenes, o: Float[Tensor, "#b 3 #p"], d: Float[Tensor, "#b 3 #p"]
+) -> Float[Tensor, "b n p"]:
     "The t > 0 at which each ray o + t d enters each object; infinite where it does not."
     b, p = len(scenes), max(o.shape[-1], d.shape[-1])
     o, d = o.expand(b, 3, -1), d.expand(b, 3, -1)
     t = o.new_full((*scenes.turn.shape, p), math.inf)
     for shape, solid in enumerate(SOLIDS):
-        i, j = (scenes.attributes[..., SHAPE] == shape).nonzero(as_tuple=True)  # scene and object: [m] of this shape
-        center, extent, back = scenes.center[i, j, :, None], scenes.extent[i, j, None, None], -scenes.turn[i, j, None]
-        near, far = solid(rotate((o[i] - center) / extent, back), rotate(d[i] / extent, back))  # [m p]
+        i, j = (scenes.attributes[..., SHAPE] == shape).nonzero(
+            as_tuple=True
+        )  # scene and object: [m] of this shape
+        center, extent, back = (
+            scenes.center[i, j, :, None],
+            scenes.extent[i, j, None, None],
+            -scenes.turn[i, j, None],
+        )
+        near, far = solid(
+            rotate((o[i] - center) / extent, back), rotate(d[i] / extent, back)
+        )  # [m p]
         t[i, j] = torch.where((near < far) & (near > 0), near, math.inf)
     return t
 
@@ -179,14 +208,18 @@ def mirror(d: Float[Tensor, "*b 3 p"], n: Float[Tensor, "*b 3 p"]) -> Float[Tens
 
 # %% ../nbs/06_scenes.ipynb #8a6c0888
 def first_hit(scenes: Scenes, o: Float[Tensor, "#b 3 #p"], d: Float[Tensor, "#b 3 p"]):
-    "t [b p] of the first thing on each ray (at most FAR), and which it is [b p]: an object's index, n for floor and sky."
-    floor = torch.where(d[..., 2, :] < 0, -o[..., 2, :] / d[..., 2, :], FAR).clamp(max=FAR).expand(len(scenes), -1)
+    "t [b p] (at most FAR) of the first thing on each ray, and its index: n for floor and sky."
+    floor = (
+        torch.where(d[..., 2, :] < 0, -o[..., 2, :] / d[..., 2, :], FAR)
+        .clamp(max=FAR)
+        .expand(len(scenes), -1)
+    )
     t = torch.cat([trace(scenes, o, d), floor[:, None]], 1)  # [b n+1 p]
     return t.min(1)
 
 
 def strips(d: Float[Tensor, "*b 3 p"]) -> Float[Tensor, "*b 1 p"]:
-    "Three tall lamps around the studio, 0 to 1 with the compass direction of d; dark straight ahead (Camera's azimuth 0)."
+    "Three tall lamps around the studio, from 0 to 1; dark straight ahead of azimuth 0."
     c = d[..., 1:2, :] / d[..., :2, :].norm(dim=-2, keepdim=True).clamp(min=1e-6)
     return torch.sigmoid(6 * (3 * c - 4 * c**3))  # -cos(3 angle)
 
@@ -199,7 +232,7 @@ def sky(d: Float[Tensor, "*b 3 p"]) -> Float[Tensor, "*b 1 p"]:
 
 
 def sky_seen(scenes: Scenes, p: Float[Tensor, "b 3 p"]) -> Float[Tensor, "b 1 p"]:
-    "The part of the sky's light that reaches floor points p past the objects (as if they were spheres)."
+    "The part of the sky's light that reaches floor points p (objects count as spheres)."
     seen = torch.ones_like(p[:, :1])
     for k in range(scenes.turn.shape[1]):
         to = scenes.center[:, k, :, None] - p
@@ -209,13 +242,17 @@ def sky_seen(scenes: Scenes, p: Float[Tensor, "b 3 p"]) -> Float[Tensor, "b 1 p"
     return seen
 
 
-def radiance(scenes: Scenes, o, d, light: Float[Tensor, "3 1"], bounces: int = 1) -> Float[Tensor, "b 3 p"]:
-    "Linear light that arrives along each ray o + t d (d of unit length); metal mirrors while `bounces` last."
+def radiance(
+    scenes: Scenes, o, d, light: Float[Tensor, "3 1"], bounces: int = 1
+) -> Float[Tensor, "b 3 p"]:
+    "Linear light along each ray o + t d (d of unit length); metal mirrors while bounces last."
     n = scenes.turn.shape[1]
     t, who = first_hit(scenes, o, d)
     point = o + t[:, None] * d  # [b 3 p]
     floor, who = (who == n)[:, None], who.clamp(max=n - 1)
-    color, material, shape = (scenes.attributes[..., k].gather(1, who) for k in (COLOR, MATERIAL, SHAPE))  # [b p]
+    color, material, shape = (
+        scenes.attributes[..., k].gather(1, who) for k in (COLOR, MATERIAL, SHAPE)
+    )  # [b p]
     center = scenes.center.mT.gather(2, who[:, None].expand(-1, 3, -1))  # [b 3 p]
     extent, turn = scenes.extent.gather(1, who), scenes.turn.gather(1, who)
     normal = rotate(unit_normal(rotate((point - center) / extent[:, None], -turn), shape), turn)
@@ -225,7 +262,9 @@ def radiance(scenes: Scenes, o, d, light: Float[Tensor, "3 1"], bounces: int = 1
     gloss = lit * dot(normal, half / half.norm(dim=-2, keepdim=True)).clamp(min=0)
 
     paint = point.new_tensor(PAINT)[color].mT  # [b 3 p]
-    fade = 0.72 + 0.38 * torch.exp(-(point[:, :2] ** 2).sum(1, keepdim=True) / 10)  # the floor darkens outwards
+    fade = 0.72 + 0.38 * torch.exp(
+        -(point[:, :2] ** 2).sum(1, keepdim=True) / 10
+    )  # the floor darkens outwards
     albedo = torch.where(floor, point.new_tensor(FLOOR)[:, None] * fade, paint)
     ambient = torch.where(floor, 0.5 * sky_seen(scenes, point), 0.34 + 0.18 * normal[:, 2:])
     matte = albedo * (ambient + 0.85 * lit * dot(normal, light))
@@ -234,7 +273,9 @@ def radiance(scenes: Scenes, o, d, light: Float[Tensor, "3 1"], bounces: int = 1
 
     metal = (material == 1) & ~floor[:, 0]
     if bounces and metal.any():
-        pixels = metal.int().topk(metal.sum(1).max()).indices[:, None]  # [b 1 m]  all metal pixels, and a few others
+        pixels = (
+            metal.int().topk(metal.sum(1).max()).indices[:, None]
+        )  # [b 1 m]  all metal pixels, and a few others
         wide = lambda v: v.expand(len(scenes), -1, who.shape[1])  # noqa: E731
         take = lambda v: wide(v).gather(2, pixels.expand(-1, v.shape[-2], -1))  # noqa: E731
         cosine = -dot(take(d), take(normal)).clamp(-1, 0)
@@ -255,16 +296,21 @@ def render(
     bounces: int = 1,
     chunk: int = 16,
 ) -> Float[Tensor, "b 3 size size"]:
-    """Pictures of scenes, RGB in [-1, 1], with samples x samples rays a pixel; about 12 ms each on one core.
+    """Pictures of scenes, RGB in [-1, 1], with samples x samples rays a pixel.
 
-    `light` points towards the lamp, at any length; `chunk` scenes are traced at a time, which bounds memory."""
+    `light` points towards the lamp, at any length; `chunk` scenes are traced at a time, which
+    bounds memory. About 12 ms a picture of 64 x 64 on one core."""
     place = scenes.place
     o, d = (camera or Camera()).rays(size * samples, dtype=place.dtype, device=place.device)
     to_lamp = place.new_tensor(light)[:, None]
     pictures = [place.new_zeros(0, 3, size, size)]
     for start in range(0, len(scenes), chunk):
-        seen = radiance(scenes[start : start + chunk], o[None], d[None], to_lamp / to_lamp.norm(), bounces)
-        seen = reduce(seen, "b c (h i w j) -> b c h w", "mean", h=size, w=size, i=samples, j=samples)  # [b 3 size size]
+        seen = radiance(
+            scenes[start : start + chunk], o[None], d[None], to_lamp / to_lamp.norm(), bounces
+        )
+        seen = reduce(
+            seen, "b c (h i w j) -> b c h w", "mean", h=size, w=size, i=samples, j=samples
+        )  # [b 3 size size]
         pictures.append(2 * seen.clamp(0, 1) ** (1 / 2.2) - 1)
     return torch.cat(pictures)
 
@@ -290,7 +336,9 @@ def clearly_related(scenes: Scenes) -> Bool[Tensor, " b"]:
     step = scenes.place[:, -1] - scenes.place[:, 0]  # [b 2]
     front = (scenes.relation == 1)[:, None]
     along, across = torch.where(front, step.flip(1), step).unbind(1)
-    clear = (along >= scenes.extent[:, 0] + scenes.extent[:, -1] + MARGIN) & (across.abs() <= SLANT * along)
+    clear = (along >= scenes.extent[:, 0] + scenes.extent[:, -1] + MARGIN) & (
+        across.abs() <= SLANT * along
+    )
     return clear | (scenes.relation < 0)
 
 
@@ -303,11 +351,13 @@ def clearly_visible(scenes: Scenes) -> Bool[Tensor, " b"]:
 
 
 def place(
-    attributes: Int[Tensor, "b n 4"], relation: Int[Tensor, " b"], generator: torch.Generator | None = None
+    attributes: Int[Tensor, "b n 4"],
+    relation: Int[Tensor, " b"],
+    generator: torch.Generator | None = None,
 ) -> Scenes:
-    """Scenes of these objects at random places that make the relation true beyond doubt (places alone are redrawn).
+    """Scenes of these objects at random places that make the relation true beyond doubt.
 
-    Raises RuntimeError if no place is found in 500 rounds."""
+    Attributes are kept, places are redrawn; RuntimeError if none is found in 500 rounds."""
     b, n = attributes.shape[:2]
     scenes = Scenes(attributes, relation, torch.zeros(b, n, 2), torch.zeros(b, n))
     left = torch.arange(b)
@@ -322,40 +372,58 @@ def place(
         good[related] = clearly_visible(scenes[left[related]])
         left = left[~good]
     raise RuntimeError(
-        f"no place found for {len(left)} of {b} scenes, the first with attributes {attributes[left[0]].tolist()}"
+        f"no place found for {len(left)} of {b} scenes; the first: {attributes[left[0]].tolist()}"
     )
 
 # %% ../nbs/06_scenes.ipynb #52991d65
-HELD_OUT = (("purple", "sphere"), ("green", "cube"), ("orange", "cylinder"), ("cyan", "cylinder"))  # (color, shape)
+HELD_OUT = (
+    ("purple", "sphere"),
+    ("green", "cube"),
+    ("orange", "cylinder"),
+    ("cyan", "cylinder"),
+)  # (color, shape)
 SPLITS = ("train", "held_out", "all")
 
 
 def held_out(attributes: Int[Tensor, "*b 4"]) -> Bool[Tensor, "*b"]:
     "Whether an object's combination of colour and shape is one that training never sees."
     table = torch.zeros(
-        len(ATTRIBUTES["color"]) + 1, len(ATTRIBUTES["shape"]) + 1, dtype=torch.bool, device=attributes.device
+        len(ATTRIBUTES["color"]) + 1,
+        len(ATTRIBUTES["shape"]) + 1,
+        dtype=torch.bool,
+        device=attributes.device,
     )
     for color, shape in HELD_OUT:
         table[ATTRIBUTES["color"].index(color), ATTRIBUTES["shape"].index(shape)] = True
-    return table[attributes[..., COLOR], attributes[..., SHAPE]]  # -1, absent, is the last row and column: False
+    return table[
+        attributes[..., COLOR], attributes[..., SHAPE]
+    ]  # -1, absent, is the last row and column: False
 
 
 def sample_attributes(
-    n: int, generator: torch.Generator | None = None, split: str = "train", objects: int | None = None
+    n: int,
+    generator: torch.Generator | None = None,
+    split: str = "train",
+    objects: int | None = None,
 ) -> tuple[Int[Tensor, "n 2 4"], Int[Tensor, " n"]]:
     """Attributes [n 2 4] and relations [n], uniform over what the split allows.
 
-    `split`: "train" has no held-out combination, "held_out" has one at least in every scene, "all" draws from
-    everything. `objects`: 1, 2, or None for either with equal chance. Raises ValueError for another split or number."""
+    `split`: "train" has no held-out combination, "held_out" has one at least in every scene, "all"
+    draws from everything. `objects`: 1, 2, or None for either with equal chance. Raises ValueError
+    for another split or number."""
     if split not in SPLITS or objects not in (1, 2, None):
-        raise ValueError(f"split must be one of {SPLITS} and objects 1, 2 or None; got {split!r}, {objects!r}")
+        raise ValueError(
+            f"split must be one of {SPLITS} and objects 1, 2 or None; got {split!r}, {objects!r}"
+        )
     counts = [len(values) for values in ATTRIBUTES.values()]
     relation = torch.randint(0, len(RELATIONS), (n,), generator=generator)
     single = torch.rand(n, generator=generator) < {1: 1.0, 2: 0.0, None: 0.5}[objects]
     relation[single] = -1
     attributes, left = torch.zeros(n, 2, 4, dtype=torch.long), torch.arange(n)
     while len(left):
-        drawn = torch.stack([torch.randint(0, c, (len(left), 2), generator=generator) for c in counts], -1)
+        drawn = torch.stack(
+            [torch.randint(0, c, (len(left), 2), generator=generator) for c in counts], -1
+        )
         drawn[single[left], 1] = -1
         attributes[left] = drawn
         unseen = held_out(drawn).any(1)
@@ -366,7 +434,10 @@ def sample_attributes(
 
 
 def sample_scenes(
-    n: int, generator: torch.Generator | None = None, split: str = "train", objects: int | None = None
+    n: int,
+    generator: torch.Generator | None = None,
+    split: str = "train",
+    objects: int | None = None,
 ) -> Scenes:
-    "n random scenes: `sample_attributes` draws, `place` places; the same generator state gives the same scenes."
+    "n random scenes, drawn by `sample_attributes` and placed by `place`; seeded by the generator."
     return place(*sample_attributes(n, generator, split, objects), generator)

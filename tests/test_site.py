@@ -202,7 +202,7 @@ def too_wide(page, width: int) -> list[str]:
 @pytest.mark.browser
 def test_sliders_move_the_picture(served, chromium):
     out, base = served
-    movable = [f.relative_to(out).as_posix() for f in site.html_pages(out) if "widget-view+json" in f.read_text()]
+    movable = [f.relative_to(out).as_posix() for f in site.html_pages(out) if "SliderModel" in f.read_text()]
     if not movable:
         pytest.skip("no page of this site has a slider")
     page = chromium.new_page()

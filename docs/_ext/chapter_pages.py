@@ -2,7 +2,7 @@
 
 * chapters carry the number of their file (`01_forward` is chapter 1), their equations count within it: (1.3);
 * an exported cell says to which module, a check which equation it checks, a checked equation that it is;
-* a paragraph all in italics below a cell is its figure's caption;
+* a paragraph all in italics below a cell or a picture is its caption;
 * formulas are left as TeX for KaTeX, which `_static/book.js` calls in the reader's browser;
 * the table of contents is built from the files that exist.
 """
@@ -82,12 +82,12 @@ class DrawMarks(SphinxTransform):
             if badges.children:
                 cell.insert(0, badges)
                 cell["classes"].append("has-badges")
-            after = cell.next_node(siblings=True, descend=False)
-            if isinstance(after, nodes.paragraph) and [type(child) for child in after.children] == [nodes.emphasis]:
-                after["classes"].append("figure-caption")
         for formula in self.document.findall(nodes.math_block):
             if formula.get("label") in checked:
                 formula["check"] = checked[formula["label"]]
+        for paragraph in self.document.findall(nodes.paragraph):
+            if is_caption(paragraph):
+                paragraph["classes"].append("figure-caption")
 
     def check_badge(self, label: str, anchor: str) -> nodes.Element:
         badge = nodes.inline("", "✓ checks ", classes=["badge-check"], ids=[anchor])
@@ -111,6 +111,16 @@ class DrawMarks(SphinxTransform):
         link["refdoc"] = self.env.docname
         badge += link
         return badge
+
+
+def is_caption(paragraph: nodes.paragraph) -> bool:
+    "Whether a paragraph is all in italics and stands below a cell or a picture."
+    above = paragraph.previous_sibling()
+    if isinstance(above, nodes.paragraph) and [type(child) for child in above.children] == [nodes.image]:
+        below_figure = True
+    else:
+        below_figure = isinstance(above, nodes.Element) and above.get("nb_element") == "cell_code"
+    return below_figure and [type(child) for child in paragraph.children] == [nodes.emphasis]
 
 
 def code_anchor(module: str, name: str) -> str:
