@@ -177,9 +177,11 @@ def sentences(description: Description) -> Iterator[str]:
 
 def caption(description: Description, generator: torch.Generator | None = None) -> str:
     "The plain caption; with a generator a random one, by drawing the pattern, then the words."
-    pick = lambda options: options[
-        0 if generator is None else int(torch.randint(len(options), (), generator=generator))
-    ]  # noqa: E731
+
+    def pick(options: list):
+        n = len(options)
+        return options[0 if generator is None else torch.randint(n, (), generator=generator)]
+
     pattern, *options = pick(forms(description))
     return pattern.format(
         **{key: pick(words) for key, words in zip(("a", "relation", "b"), options, strict=True)}
