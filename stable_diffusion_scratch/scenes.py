@@ -144,6 +144,10 @@ class Scenes:
             self.attributes[index], self.relation[index], self.place[index], self.turn[index]
         )
 
+    def to(self, device) -> "Scenes":
+        "The same scenes on another device; pictures are rendered where the scenes are."
+        return Scenes(*(value.to(device) for value in vars(self).values()))
+
     @property
     def extent(self) -> Float[Tensor, "b n"]:
         "Half the height of each object, which is also the radius of what is round."
@@ -151,6 +155,11 @@ class Scenes:
             self.place.new_tensor(RADIUS)[self.attributes[..., SIZE]]
             * self.place.new_tensor(FULLNESS)[self.attributes[..., SHAPE]]
         )
+
+    @property
+    def reach(self) -> Float[Tensor, "b n"]:
+        "How far each object reaches sideways at most: to the vertical edges of a cube."
+        return self.extent * torch.where(self.attributes[..., SHAPE] == 1, math.sqrt(2), 1.0)
 
     @property
     def center(self) -> Float[Tensor, "b n 3"]:
@@ -315,7 +324,7 @@ def render(
     return torch.cat(pictures)
 
 # %% ../nbs/06_scenes.ipynb #8dc9bf62
-MARGIN = 0.25  # clear floor between two objects along their relation
+MARGIN = 0.2  # clear floor between two objects along their relation
 SLANT = 1 / 3  # how far they may be apart across it, as a part of their distance along it
 MIN_PIXELS = 60  # of 64 x 64, that each object shows
 MIN_VISIBLE = 0.5  # of the pixels that it would show alone
@@ -336,9 +345,8 @@ def clearly_related(scenes: Scenes) -> Bool[Tensor, " b"]:
     step = scenes.place[:, -1] - scenes.place[:, 0]  # [b 2]
     front = (scenes.relation == 1)[:, None]
     along, across = torch.where(front, step.flip(1), step).unbind(1)
-    clear = (along >= scenes.extent[:, 0] + scenes.extent[:, -1] + MARGIN) & (
-        across.abs() <= SLANT * along
-    )
+    apart = scenes.reach[:, 0] + scenes.reach[:, -1] + MARGIN
+    clear = (along >= apart) & (across.abs() <= SLANT * along)
     return clear | (scenes.relation < 0)
 
 

@@ -131,6 +131,9 @@ def test_the_rules_hold_for_any_seed(seed, split, objects):
     assert present[:, 0].all() and (objects is None or (present.sum(1) == objects).all())
     assert ((batch.relation >= 0) == present[:, 1]).all()
     assert scenes.clearly_related(batch).all()
+    pair = present[:, 1]
+    apart = (batch.place[pair, 1] - batch.place[pair, 0]).norm(dim=1) - batch.reach[pair].sum(1)
+    assert (apart >= scenes.MARGIN).all()  # nothing touches, whatever its turn
     seen, alone = masks(batch)
     assert (seen.sum((2, 3))[present] >= scenes.MIN_PIXELS).all()
     assert not seen[~present].any() and not (seen[:, 0] & seen[:, 1]).any() and not (seen & ~alone).any()
