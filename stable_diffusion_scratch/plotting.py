@@ -84,12 +84,12 @@ def to_png(fig, colors: int = 64) -> bytes:
     return small.getvalue()
 
 
-def slider(draw, values, label: str, start: int = 0, format: str = "{:.2f}"):
+def slider(draw, values, label: str, start: int = 0, format: str = "{:.2f}", colors: int = 64):
     """A slider over `values`: `draw(value)` returns a figure for each. All frames are drawn now
-    and travel with the page,
-    so the slider needs no running Python. Returns an ipywidgets box; put it last in a cell."""
+    (each with a palette of `colors`) and travel with the page, so the slider needs no running
+    Python. Returns an ipywidgets box; put it last in a cell."""
     frames = [
-        ipywidgets.Image(value=to_png(draw(v)), format="png", layout={"max_width": "100%"})
+        ipywidgets.Image(value=to_png(draw(v), colors), format="png", layout={"max_width": "100%"})
         for v in values
     ]
     stack = ipywidgets.Stack(frames, selected_index=start)
