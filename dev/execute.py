@@ -16,6 +16,7 @@ from dev import notebooks
 
 CELL_SECONDS = 600  # a cell that takes longer is stuck
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+PROGRESS = re.compile(r"^\s*$|\d+%\|")  # what a progress bar leaves behind
 
 
 class Client(nbclient.NotebookClient):
@@ -36,6 +37,13 @@ def _indent(text: str, limit: int) -> str:
     lines = ANSI.sub("", text).rstrip().splitlines()
     cut = [f"... ({len(lines) - limit} lines above)"] if len(lines) > limit else []
     return "\n".join(f"    {line}" for line in cut + lines[-limit:])
+
+
+def drop_progress_bars(nb: nbformat.NotebookNode) -> None:
+    "Remove what progress bars wrote to standard error: it moved while the cell ran and means nothing afterwards."
+    for cell in notebooks.code_cells(nb):
+        bars = [o for o in cell.outputs if o.get("name") == "stderr" and all(map(PROGRESS.search, o.text.splitlines()))]
+        cell.outputs = [o for o in cell.outputs if o not in bars]
 
 
 def execute(path: Path, out: Path) -> str | None:
@@ -60,6 +68,7 @@ def execute(path: Path, out: Path) -> str | None:
     except DeadKernelError:
         where = client.current.source if client.current else "(before the first cell)"
         return f"  the cell\n{_indent(where, 40)}\n  ended the Python process (out of memory?)"
+    drop_progress_bars(nb)
     notebooks.write_text(nbformat.writes(nb), out)
     return None
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from .forward import ForwardProcess, per_sample
 from torch import Tensor
 
-from .forward import ForwardProcess, per_sample
-
 # %% ../nbs/03_objective.ipynb #04aaa6e9
-def posterior(process: ForwardProcess, x_t: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], t, s) -> tuple[Tensor, Tensor]:
-    "Mean [b *d] and variance (broadcastable) of q(x_s | x_t, x0) for s < t (Ho 2020, eqs. 6 and 7; Kingma 2021, appendix A.2)."
+def posterior(
+    process: ForwardProcess, x_t: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], t, s
+) -> tuple[Tensor, Tensor]:
+    """Mean [b *d] and variance (broadcastable) of q(x_s | x_t, x0) for s < t (Ho 2020, eqs. 6
+    and 7; Kingma 2021, appendix A.2)."""
     alpha_s, alpha_t = (per_sample(process.alpha(u), x_t) for u in (s, t))
     var_s, var_t = (per_sample(process.sigma(u) ** 2, x_t) for u in (s, t))
     step = alpha_t / alpha_s
@@ -36,13 +38,15 @@ KINDS: dict[str, Callable] = {
 
 
 def prediction_target(kind: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    "What a network of this kind should say: a * x0 + b * noise. alpha and sigma broadcast against x0."
+    """What a network of this kind should say: a * x0 + b * noise. alpha and sigma broadcast
+    against x0."""
     a, b = KINDS[kind](alpha, sigma)
     return a * x0 + b * noise
 
 
 def to_x0(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    "The clean picture that a prediction of this kind implies, given the noisy x_t (Salimans 2022, section 4)."
+    """The clean picture that a prediction of this kind implies, given the noisy x_t (Salimans
+    2022, section 4)."""
     a, b = KINDS[kind](alpha, sigma)
     return (b * x_t - sigma * prediction) / (b * alpha - a * sigma)
 
@@ -61,9 +65,11 @@ def edm_factors(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tenso
 # %% ../nbs/03_objective.ipynb #7750d0c5
 @dataclass(frozen=True)
 class Denoiser:
-    """denoise(x, sigma, context=None) -> x0_hat from a network net(x_t, t, context) that predicts `kind` in the frame of `process`.
+    """denoise(x, sigma, context=None) -> x0_hat from a network net(x_t, t, context) that
+    predicts `kind` in the frame of `process`.
 
-    x [b ...] in the frame x = x0 + sigma * noise; sigma [] or [b]; the answer has x's shape and dtype. Noise levels the process
+    x [b ...] in the frame x = x0 + sigma * noise; sigma [] or [b]; the answer has
+    x's shape and dtype. Noise levels the process
     never has are taken at its nearest end."""
 
     net: Callable
@@ -78,7 +84,13 @@ class Denoiser:
         t = self.process.time(torch.as_tensor(sigma, device=x.device))
         x_t = self.process.from_ve(x, t)
         prediction = self.net(x_t, t.to(x.dtype), context)
-        return to_x0(self.kind, prediction, x_t, per_sample(self.process.alpha(t), x), per_sample(self.process.sigma(t), x))
+        return to_x0(
+            self.kind,
+            prediction,
+            x_t,
+            per_sample(self.process.alpha(t), x),
+            per_sample(self.process.sigma(t), x),
+        )
 
 
 def EpsDenoiser(net: Callable, process: ForwardProcess) -> Denoiser:
@@ -103,7 +115,8 @@ def FlowDenoiser(net: Callable, process: ForwardProcess) -> Denoiser:
 
 @dataclass(frozen=True)
 class EDMDenoiser:
-    "A denoiser from a raw network net(c_in * x, log(sigma)/4, context) (Karras 2022, eq. 7). It lives in this frame already, so `process` goes unused."
+    """A denoiser from a raw network net(c_in * x, log(sigma)/4, context) (Karras 2022, eq. 7).
+    It lives in this frame already, so `process` goes unused."""
 
     net: Callable
     process: ForwardProcess | None = None
@@ -115,19 +128,31 @@ class EDMDenoiser:
         return c_skip * x + c_out * self.net(c_in * x, (sigma.log() / 4).to(x.dtype), context)
 
 # %% ../nbs/03_objective.ipynb #2ae7726d
-def sample_times(process: ForwardProcess, n: int, generator: torch.Generator | None = None) -> Float[Tensor, " n"]:
-    "n random training times: uniform over the steps of a table, or over [0, t_max] in continuous time. float64."
+def sample_times(
+    process: ForwardProcess, n: int, generator: torch.Generator | None = None
+) -> Float[Tensor, " n"]:
+    """n random training times: uniform over the steps of a table, or over [0, t_max] in
+    continuous time. float64."""
     if process.betas is not None:
         return torch.randint(len(process.betas), (n,), generator=generator).double()
     return process.t_max * torch.rand(n, generator=generator, dtype=torch.float64)
 
 
 def simple_loss(
-    net: Callable, process: ForwardProcess, x0: Float[Tensor, "b *d"], context=None, kind: str = "eps", t=None, generator: torch.Generator | None = None
+    net: Callable,
+    process: ForwardProcess,
+    x0: Float[Tensor, "b *d"],
+    context=None,
+    kind: str = "eps",
+    t=None,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, " b"]:
-    "The squared error of each sample's prediction, averaged over its entries, at times t (drawn if None) (Ho 2020, eq. 14)."
+    """The squared error of each sample's prediction, averaged over its entries, at times t
+    (drawn if None) (Ho 2020, eq. 14)."""
     t = sample_times(process, len(x0), generator).to(x0.device) if t is None else t
     noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
-    target = prediction_target(kind, x0, noise, per_sample(process.alpha(t), x0), per_sample(process.sigma(t), x0))
+    target = prediction_target(
+        kind, x0, noise, per_sample(process.alpha(t), x0), per_sample(process.sigma(t), x0)
+    )
     error = net(process.add_noise(x0, t, noise), t.to(x0.dtype), context) - target
     return (error**2).flatten(1).mean(1)

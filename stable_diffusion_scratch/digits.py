@@ -10,18 +10,18 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from tqdm.auto import trange
-
 from .denoisers import simple_loss
 from .forward import DiscreteVP, ForwardProcess, linear_betas
+from torch import Tensor, nn
+from tqdm import trange
 
 # %% ../nbs/91_digits.ipynb #ec6a4eb0
 NO_CLASS = 10  # the label that means "any digit"
 
 
 def load_digits(held_out: bool = False) -> tuple[Float[Tensor, "n 1 8 8"], Int[Tensor, " n"]]:
-    "Pictures in [-1, 1] and labels 0 to 9: 1,500 to train on, or the 297 held out (the split is fixed)."
+    """Pictures in [-1, 1] and labels 0 to 9: 1,500 to train on, or the 297 held out (the split
+    is fixed)."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
@@ -29,25 +29,34 @@ def load_digits(held_out: bool = False) -> tuple[Float[Tensor, "n 1 8 8"], Int[T
     pictures, labels = load(return_X_y=True)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     keep = order[1500:] if held_out else order[:1500]
-    return torch.tensor(pictures, dtype=torch.float32)[keep].reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)[keep]
+    return torch.tensor(pictures, dtype=torch.float32)[keep].reshape(
+        -1, 1, 8, 8
+    ) / 8 - 1, torch.tensor(labels)[keep]
 
 # %% ../nbs/91_digits.ipynb #793136ea
 class DigitsNet(nn.Module):
-    "A residual perceptron for 8x8 pictures: net(x [b 1 8 8], t [] or [b], labels [b] or None) -> prediction [b 1 8 8]."
+    """A residual perceptron for 8x8 pictures: net(x [b 1 8 8], t [] or [b], labels [b] or None)
+    -> prediction [b 1 8 8]."""
 
     def __init__(self, width: int = 256, depth: int = 2, t_max: float = 999.0):
         super().__init__()
-        self.register_buffer("frequencies", math.pi / t_max * torch.logspace(0, 6, 16, base=2), persistent=False)
+        self.register_buffer(
+            "frequencies", math.pi / t_max * torch.logspace(0, 6, 16, base=2), persistent=False
+        )
         self.read = nn.Linear(64, width)
         self.when = nn.Linear(32, width)
         self.what = nn.Embedding(NO_CLASS + 1, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.write = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 64))
 
-    def forward(self, x: Float[Tensor, "b 1 8 8"], t: Tensor, context: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b 1 8 8"]:
+    def forward(
+        self, x: Float[Tensor, "b 1 8 8"], t: Tensor, context: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b 1 8 8"]:
         labels = torch.full((len(x),), NO_CLASS, device=x.device) if context is None else context
         angle = t.expand(len(x))[:, None] * self.frequencies  # [b 16]
-        told = nn.functional.silu(self.when(torch.cat([angle.cos(), angle.sin()], 1)) + self.what(labels))  # [b width]
+        told = nn.functional.silu(
+            self.when(torch.cat([angle.cos(), angle.sin()], 1)) + self.what(labels)
+        )  # [b width]
         h = self.read(x.flatten(1))  # [b width]
         for block in self.blocks:
             h = block(h, told)
@@ -67,11 +76,17 @@ class Block(nn.Module):
 
 # %% ../nbs/91_digits.ipynb #517bd9b7
 def train_digits(
-    process: ForwardProcess | None = None, kind: str = "eps", steps: int = 2000, batch: int = 128, seed: int = 0
+    process: ForwardProcess | None = None,
+    kind: str = "eps",
+    steps: int = 2000,
+    batch: int = 128,
+    seed: int = 0,
 ) -> tuple[DigitsNet, ForwardProcess, list[float]]:
-    """Train a class-conditional network on the 1,500 digits; about 15 s on two cores. Returns the network, its process and the loss of every step.
+    """Train a class-conditional network on the 1,500 digits; about 15 s on two cores. Returns
+    the network, its process and the loss of every step.
 
-    The process is DDPM's table unless given; `kind` is what the network predicts. AdamW with warm-up and cosine decay; one label in ten is hidden."""
+    The process is DDPM's table unless given; `kind` is what the network predicts. AdamW with
+    warm-up and cosine decay; one label in ten is hidden."""
     process = process or DiscreteVP(linear_betas())
     pictures, labels = load_digits()
     generator = torch.Generator().manual_seed(seed)
@@ -81,21 +96,29 @@ def train_digits(
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
     losses = []
     for step in trange(steps, desc="training on digits", leave=False):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = (
+            3e-3 * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+        )
         pick = torch.randint(len(pictures), (batch,), generator=generator)
         hide = torch.rand(batch, generator=generator) < 0.1
-        loss = simple_loss(net, process, pictures[pick], labels[pick].masked_fill(hide, NO_CLASS), kind, generator=generator).mean()
+        loss = simple_loss(
+            net,
+            process,
+            pictures[pick],
+            labels[pick].masked_fill(hide, NO_CLASS),
+            kind,
+            generator=generator,
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return net.eval().requires_grad_(False), process, losses
 
-
-
 # %% ../nbs/91_digits.ipynb #dcd39aed
 def judge_digits(pictures: Float[Tensor, "n 1 8 8"]) -> Int[Tensor, " n"]:
-    "Read digits: the labels 0 to 9 that a support vector machine, trained on the 1,500 real ones, gives to pictures in [-1, 1]."
+    """Read digits: the labels 0 to 9 that a support vector machine, trained on the 1,500 real
+    ones, gives to pictures in [-1, 1]."""
     from sklearn.svm import SVC
 
     real, labels = load_digits()

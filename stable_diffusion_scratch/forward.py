@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 # %% ../nbs/01_forward.ipynb #8ae79722
-ALPHA_FLOOR = 1e-6  # where the signal vanishes altogether (flow at t = 1, zero terminal SNR), noise_level stays finite
+# where the signal vanishes altogether (flow at t = 1, zero terminal SNR), noise_level stays finite
+ALPHA_FLOOR = 1e-6
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -27,9 +28,11 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ForwardProcess:
-    """x_t = alpha(t) x0 + sigma(t) noise, for t in [0, t_max] (Kingma 2021, eq. 1). All methods take t as a number or a tensor, [] or [b].
+    """x_t = alpha(t) x0 + sigma(t) noise, for t in [0, t_max] (Kingma 2021, eq. 1). All methods
+    take t as a number or a tensor, [] or [b].
 
-    `alpha` and `sigma` map a float64 tensor of times to a tensor; sigma/alpha must grow with t. `betas` is the table of a discrete chain, or None;
+    `alpha` and `sigma` map a float64 tensor of times to a tensor; sigma/alpha must grow with t.
+    `betas` is the table of a discrete chain, or None;
     `time_fn` a direct inverse of the noise level where there is one."""
 
     alpha_fn: Callable[[Tensor], Tensor]
@@ -55,7 +58,8 @@ class ForwardProcess:
         return -2 * self.noise_level(t).log()
 
     def time(self, noise_level) -> Tensor:
-        "The time at which the process has this noise level, float64; the nearest end of [0, t_max] where it never has it."
+        """The time at which the process has this noise level, float64; the nearest end of [0,
+        t_max] where it never has it."""
         level = torch.as_tensor(noise_level, dtype=torch.float64)
         if self.time_fn:
             return self.time_fn(level)
@@ -66,7 +70,9 @@ class ForwardProcess:
             lo, hi = torch.where(early, middle, lo), torch.where(early, hi, middle)
         return (lo + hi) / 2
 
-    def add_noise(self, x0: Float[Tensor, "b *d"], t, noise: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+    def add_noise(
+        self, x0: Float[Tensor, "b *d"], t, noise: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
         "x_t from x0 and unit normal noise, in one step, with x0's dtype (Ho 2020, eq. 4)."
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * noise
 
@@ -92,7 +98,8 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> ForwardProcess:
 
 
 def vp_cosine(s: float = 0.008) -> ForwardProcess:
-    "Variance preserving, alpha a quarter of a cosine that starts at offset s (Nichol 2021, eq. 17). No signal at t = 1."
+    """Variance preserving, alpha a quarter of a cosine that starts at offset s (Nichol 2021,
+    eq. 17). No signal at t = 1."""
     angle = lambda t: (t + s) / (1 + s) * math.pi / 2  # noqa: E731
     alpha = lambda t: angle(t).cos() / math.cos(s / (1 + s) * math.pi / 2)  # noqa: E731
     return ForwardProcess(alpha, lambda t: (1 - alpha(t) ** 2).clamp(min=0).sqrt())
@@ -104,26 +111,36 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> ForwardProcess:
 
 
 def flow(shift: float = 1.0) -> ForwardProcess:
-    "A straight line from data to noise (Lipman 2023, eq. 22), with the timestep shift of Esser 2024, eq. 23. No signal at t = 1."
+    """A straight line from data to noise (Lipman 2023, eq. 22), with the timestep shift of
+    Esser 2024, eq. 23. No signal at t = 1."""
     u = lambda t: shift * t / (1 + (shift - 1) * t)  # noqa: E731
     return ForwardProcess(lambda t: 1 - u(t), u)
 
 # %% ../nbs/01_forward.ipynb #d12bd884
 def sde_coefficients(process: ForwardProcess, t) -> tuple[Tensor, Tensor]:
-    "f(t) and g(t)^2 of the SDE dx = f x dt + g dw whose marginals are the process's (Kingma 2021; Song 2021, eq. 5), float64, shaped like t."
+    """f(t) and g(t)^2 of the SDE dx = f x dt + g dw whose marginals are the process's (Kingma
+    2021; Song 2021, eq. 5), float64, shaped like t."""
     t = torch.as_tensor(t, dtype=torch.float64).detach().requires_grad_()
-    f = torch.autograd.grad(process.alpha(t).log().sum(), t, materialize_grads=True)[0] if process.alpha(t).requires_grad else torch.zeros_like(t)
+    f = (
+        torch.autograd.grad(process.alpha(t).log().sum(), t, materialize_grads=True)[0]
+        if process.alpha(t).requires_grad
+        else torch.zeros_like(t)
+    )
     growth = torch.autograd.grad(process.noise_level(t).log().sum(), t)[0]
     return f.detach(), (2 * process.sigma(t) ** 2 * growth).detach()
 
 # %% ../nbs/01_forward.ipynb #fae3f46d
 def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
-    """The variance preserving chain of a table of betas, read at steps t = 0 ... len(betas)-1 (Ho 2020, eq. 4; index 0 is the first noisy step).
+    """The variance preserving chain of a table of betas, read at steps t = 0 ... len(betas)-1
+    (Ho 2020, eq. 4; index 0 is the first noisy step).
 
-    Between steps the log noise level is interpolated linearly. Where the table reaches zero SNR, alpha is 1e-6."""
+    Between steps the log noise level is interpolated linearly. Where the table reaches zero
+    SNR, alpha is 1e-6."""
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) < 2 or betas.min() < 0 or betas.max() > 1:
-        raise ValueError(f"betas must be a list of at least two numbers in [0, 1], got shape {tuple(betas.shape)}")
+        raise ValueError(
+            f"betas must be at least two numbers in [0, 1], got shape {tuple(betas.shape)}"
+        )
     alpha = (1 - betas).cumprod(0).sqrt().clamp(min=ALPHA_FLOOR)
     log_level = ((1 - alpha**2).sqrt() / alpha).log()
 
@@ -135,7 +152,9 @@ def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
     def time(noise_level):
         table, wanted = log_level.to(noise_level.device), noise_level.log()
         high = torch.searchsorted(table, wanted).clamp(1, len(betas) - 1)
-        return (high - (table[high] - wanted) / (table[high] - table[high - 1])).clamp(0, len(betas) - 1)
+        return (high - (table[high] - wanted) / (table[high] - table[high - 1])).clamp(
+            0, len(betas) - 1
+        )
 
     return ForwardProcess(
         lambda t: 1 / (1 + level(t) ** 2).sqrt(),
@@ -146,29 +165,41 @@ def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
     )
 
 
-def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Float[Tensor, " steps"]:
+def linear_betas(
+    steps: int = 1000, start: float = 1e-4, end: float = 0.02
+) -> Float[Tensor, " steps"]:
     "DDPM's table (Ho 2020, section 4)."
     return torch.linspace(start, end, steps, dtype=torch.float64)
 
 
-def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Float[Tensor, " steps"]:
+def scaled_linear_betas(
+    steps: int = 1000, start: float = 0.00085, end: float = 0.012
+) -> Float[Tensor, " steps"]:
     "Stable Diffusion's table: linear in sqrt(beta) (Rombach 2022, code)."
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
 
 
-def cosine_betas(steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Float[Tensor, " steps"]:
+def cosine_betas(
+    steps: int = 1000, s: float = 0.008, max_beta: float = 0.999
+) -> Float[Tensor, " steps"]:
     "The cosine schedule as a table, each beta at most max_beta (Nichol 2021, eq. 17)."
     alpha = vp_cosine(s).alpha(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     return (1 - (alpha[1:] / alpha[:-1]) ** 2).clamp(max=max_beta)
 
 
-def sigmoid_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02, width: float = 6.0) -> Float[Tensor, " steps"]:
-    "Betas along a sigmoid from -width to width (Xu 2022, GeoDiff; the 'sigmoid' schedule of diffusers)."
-    return start + (end - start) * torch.linspace(-width, width, steps, dtype=torch.float64).sigmoid()
+def sigmoid_betas(
+    steps: int = 1000, start: float = 1e-4, end: float = 0.02, width: float = 6.0
+) -> Float[Tensor, " steps"]:
+    """Betas along a sigmoid from -width to width (Xu 2022, GeoDiff; the 'sigmoid' schedule of
+    diffusers)."""
+    return (
+        start + (end - start) * torch.linspace(-width, width, steps, dtype=torch.float64).sigmoid()
+    )
 
 # %% ../nbs/01_forward.ipynb #d5e4dec2
 def zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
-    "The table changed so that its last step holds no signal and its first is unchanged (Lin 2024, algorithm 1)."
+    """The table changed so that its last step holds no signal and its first is unchanged (Lin
+    2024, algorithm 1)."""
     alpha = (1 - betas.double()).cumprod(0).sqrt()
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]]) ** 2

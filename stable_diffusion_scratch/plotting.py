@@ -15,16 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/90_figures.ipynb #459127ff
-COLORS = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00", purple="#CC79A7", sky="#56B4E9")
+COLORS = dict(
+    blue="#0072B2",
+    orange="#E69F00",
+    green="#009E73",
+    red="#D55E00",
+    purple="#CC79A7",
+    sky="#56B4E9",
+)
 GREY = "#9a9a9a"
 
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#555555", "axes.linewidth": 0.8,
     "axes.titlesize": 10, "axes.labelsize": 9, "axes.titlelocation": "left",
     "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-    "font.family": "DejaVu Sans", "mathtext.fontset": "cm", "lines.linewidth": 1.6, "image.cmap": "viridis",
-    "figure.figsize": (7.0, 2.8), "figure.dpi": 110, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans", "mathtext.fontset": "cm",
+    "lines.linewidth": 1.6, "image.cmap": "viridis",
+    "figure.figsize": (7.0, 2.8), "figure.dpi": 110, "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
     "savefig.bbox": "tight", "figure.facecolor": "white",
 }  # fmt: skip
 
@@ -35,7 +45,8 @@ def set_style():
 
 # %% ../nbs/90_figures.ipynb #04574ca0
 def tile(images: Tensor, columns: int) -> Tensor:
-    "Pictures [n c h w] (or [n h w]) in rows of `columns`, one pixel apart, as one picture [H W c]; empty places are white (1)."
+    """Pictures [n c h w] (or [n h w]) in rows of `columns`, one pixel apart, as one picture [H
+    W c]; empty places are white (1)."""
     images = images[:, None] if images.ndim == 3 else images
     n, c, h, w = images.shape
     rows = -(-n // columns)
@@ -47,11 +58,14 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def show_images(images: Tensor, columns: int = 10, ax=None, title: str = ""):
-    "Draw pictures [n c h w] (or [n h w]) with values in [-1, 1] as a grid, dark on light for a single channel. Returns the axes."
+    """Draw pictures [n c h w] (or [n h w]) with values in [-1, 1] as a grid, dark on light for
+    a single channel. Returns the axes."""
     sheet = (tile(images.detach().float().cpu(), columns).clamp(-1, 1) + 1) / 2
     if ax is None:
         width = min(7.0, 0.7 * columns)
-        ax = plt.subplots(figsize=(width, width * sheet.shape[0] / sheet.shape[1] + (0.25 if title else 0)))[1]
+        ax = plt.subplots(
+            figsize=(width, width * sheet.shape[0] / sheet.shape[1] + (0.25 if title else 0))
+        )[1]
     ax.imshow(sheet.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(title)
     ax.axis("off")
@@ -64,26 +78,35 @@ def to_png(fig, colors: int = 64) -> bytes:
     fig.savefig(buffer, dpi=100, bbox_inches=None)
     plt.close(fig)
     small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(colors, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        small, "PNG", optimize=True
-    )
+    Image.open(buffer).convert("RGB").quantize(
+        colors, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
 def slider(draw, values, label: str, start: int = 0, format: str = "{:.2f}"):
-    """A slider over `values`: `draw(value)` returns a figure for each. All frames are drawn now and travel with the page,
+    """A slider over `values`: `draw(value)` returns a figure for each. All frames are drawn now
+    and travel with the page,
     so the slider needs no running Python. Returns an ipywidgets box; put it last in a cell."""
-    frames = [ipywidgets.Image(value=to_png(draw(v)), format="png", layout={"max_width": "100%"}) for v in values]
+    frames = [
+        ipywidgets.Image(value=to_png(draw(v)), format="png", layout={"max_width": "100%"})
+        for v in values
+    ]
     stack = ipywidgets.Stack(frames, selected_index=start)
-    numbers = ipywidgets.Stack([ipywidgets.Label(f"{label} = {format.format(v)}") for v in values], selected_index=start)
-    knob = ipywidgets.IntSlider(start, 0, len(frames) - 1, readout=False, description=label, layout={"width": "60%"})
+    numbers = ipywidgets.Stack(
+        [ipywidgets.Label(f"{label} = {format.format(v)}") for v in values], selected_index=start
+    )
+    knob = ipywidgets.IntSlider(
+        start, 0, len(frames) - 1, readout=False, description=label, layout={"width": "60%"}
+    )
     ipywidgets.jslink((knob, "value"), (stack, "selected_index"))
     ipywidgets.jslink((knob, "value"), (numbers, "selected_index"))
     return ipywidgets.VBox([ipywidgets.HBox([knob, numbers]), stack])
 
 # %% ../nbs/90_figures.ipynb #c9aab8e6
 def save_gif(figures, path, ms: int = 80, colors: int = 96, last_ms: int = 1500):
-    "Write figures (any iterable of matplotlib figures, each closed after use) as a looping GIF; `last_ms` rests on the last frame."
+    """Write figures (any iterable of matplotlib figures, each closed after use) as a looping
+    GIF; `last_ms` rests on the last frame."""
     frames = []
     for fig in figures:
         buffer = io.BytesIO()
@@ -93,4 +116,6 @@ def save_gif(figures, path, ms: int = 80, colors: int = 96, last_ms: int = 1500)
     palette = frames[-1].quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     times = [ms] * (len(frames) - 1) + [last_ms]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True
+    )

@@ -32,7 +32,8 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {}
 def register(*names: str, order: int, stochastic: bool, source: str) -> Callable:
     """Put a sampler into SAMPLERS under these names; further names are aliases of the first.
 
-    `order` is its nominal order as an ODE solver, `source` the paper it comes from. The function itself is returned, with these as attributes."""
+    `order` is its nominal order as an ODE solver, `source` the paper it comes from. The
+    function itself is returned, with these as attributes."""
 
     def add(function):
         function.order, function.stochastic, function.source = order, stochastic, source
@@ -56,30 +57,60 @@ def last(steps: Iterator[Step]) -> Step:
 
 
 def check_sigmas(sigmas: Float[Tensor, " n"]) -> list[float]:
-    "The noise levels as numbers; ValueError unless they are at least two, finite, strictly decreasing, and positive but for a last 0."
+    """The noise levels as numbers; ValueError unless they are at least two, finite, strictly
+    decreasing, and positive but for a last 0."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"sigmas must be a list of at least two noise levels, got shape {tuple(levels.shape)}")
+        raise ValueError(
+            f"sigmas must be at least two noise levels, got shape {tuple(levels.shape)}"
+        )
     levels = levels.tolist()
     for i, level in enumerate(levels):
         if not 0 <= level < float("inf") or (level == 0 and i < len(levels) - 1):
-            raise ValueError(f"sigmas[{i}] = {level}: noise levels are positive and finite, and only the last may be 0")
+            raise ValueError(
+                f"sigmas[{i}] = {level}: levels must be positive and finite; only the last may be 0"
+            )
         if i and level >= levels[i - 1]:
-            raise ValueError(f"sigmas[{i}] = {level} is not below sigmas[{i - 1}] = {levels[i - 1]}: sigmas must strictly decrease")
+            raise ValueError(
+                f"sigmas[{i}] = {level} is not below {levels[i - 1]} before it: sigmas must fall"
+            )
     return levels
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None) -> Callable:
     "noise(x, sigma, sigma_next) -> unit normal noise like x, drawn from `generator`."
-    return lambda x, sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device if generator else x.device).to(x.device)
+    return lambda x, sigma, sigma_next: torch.randn(
+        x.shape,
+        generator=generator,
+        dtype=x.dtype,
+        device=generator.device if generator else x.device,
+    ).to(x.device)
 
 # %% ../nbs/04_ddim.ipynb #6cd7d6fa
-@register("ddim", "euler", order=1, stochastic=False, source="Song 2021 (DDIM), eq. 12; Karras 2022, algorithm 1 without its correction")
-def ddim(denoise: Callable, x: Float[Tensor, "b *d"], sigmas: Float[Tensor, " n"], *, noise=None, generator=None, start="ramp", eta: float = 0.0) -> Iterator[Step]:
-    """DDIM, which is Euler's method on dx/dsigma = (x - D)/sigma, with a part `eta` of DDPM's fresh noise (0: none, 1: DDPM).
+@register(
+    "ddim",
+    "euler",
+    order=1,
+    stochastic=False,
+    source="Song 2021 (DDIM), eq. 12; Karras 2022, algorithm 1 without its correction",
+)
+def ddim(
+    denoise: Callable,
+    x: Float[Tensor, "b *d"],
+    sigmas: Float[Tensor, " n"],
+    *,
+    noise=None,
+    generator=None,
+    start="ramp",
+    eta: float = 0.0,
+) -> Iterator[Step]:
+    """DDIM, which is Euler's method on dx/dsigma = (x - D)/sigma, with a part `eta` of DDPM's
+    fresh noise (0: none, 1: DDPM).
 
-    x: state at sigmas[0] in the frame x = x0 + sigma * noise. sigmas: strictly decreasing, the last may be 0; ValueError otherwise.
-    noise(x, sigma, sigma_next) gives unit normal noise; by default it is drawn from `generator`. `start` is for multistep solvers."""
+    x: state at sigmas[0] in the frame x = x0 + sigma * noise. sigmas: strictly decreasing, the
+    last may be 0; ValueError otherwise.
+    noise(x, sigma, sigma_next) gives unit normal noise; by default it is drawn from
+    `generator`. `start` is for multistep solvers."""
     levels = check_sigmas(sigmas)
     noise = noise or normal_noise(x, generator)
     for i, (sigma, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
@@ -93,15 +124,26 @@ def ddim(denoise: Callable, x: Float[Tensor, "b *d"], sigmas: Float[Tensor, " n"
 
 
 @register("ddpm", "euler_ancestral", order=1, stochastic=True, source="Ho 2020, algorithm 2")
-def ddpm(denoise: Callable, x: Float[Tensor, "b *d"], sigmas: Float[Tensor, " n"], *, noise=None, generator=None, start="ramp", eta: float = 1.0) -> Iterator[Step]:
+def ddpm(
+    denoise: Callable,
+    x: Float[Tensor, "b *d"],
+    sigmas: Float[Tensor, " n"],
+    *,
+    noise=None,
+    generator=None,
+    start="ramp",
+    eta: float = 1.0,
+) -> Iterator[Step]:
     "Ancestral sampling: `ddim` with all of DDPM's fresh noise. Arguments as there."
     yield from ddim(denoise, x, sigmas, noise=noise, generator=generator, start=start, eta=eta)
 
 # %% ../nbs/04_ddim.ipynb #a3f10775
 def time_grid(steps: int, table: int = 1000, spacing: str = "trailing") -> Float[Tensor, " steps"]:
-    """`steps` timesteps of a table of `table` entries, decreasing, float64 (Lin 2024, table 2). Feed them to `process.noise_level` and append 0.
+    """`steps` timesteps of a table of `table` entries, decreasing, float64 (Lin 2024, table 2).
+    Feed them to `process.noise_level` and append 0.
 
-    spacing: "trailing" (begins at the last entry), "leading" (ends at entry 0), "linspace" (both)."""
+    spacing: "trailing" (begins at the last entry), "leading" (ends at entry 0), "linspace"
+    (both)."""
     if not 1 <= steps <= table:
         raise ValueError(f"steps = {steps}: between 1 and {table}, the length of the table")
     i = torch.arange(steps, dtype=torch.float64)
@@ -119,8 +161,11 @@ def with_zero(sigmas: Float[Tensor, " n"]) -> Float[Tensor, " n+1"]:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Float[Tensor, " n+1"]:
-    "n noise levels from sigma_max to sigma_min, evenly in sigma^(1/rho), then 0; float64 (Karras 2022, eq. 5)."
+def karras_sigmas(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> Float[Tensor, " n+1"]:
+    """n noise levels from sigma_max to sigma_min, evenly in sigma^(1/rho), then 0; float64
+    (Karras 2022, eq. 5)."""
     u = torch.linspace(0, 1, n, dtype=torch.float64)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return with_zero((top + u * (bottom - top)) ** rho)

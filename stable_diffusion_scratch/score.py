@@ -12,23 +12,31 @@ from collections.abc import Callable, Iterator
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
-
 from .forward import ForwardProcess, per_sample, sde_coefficients
+from torch import Tensor
 
 # %% ../nbs/02_score.ipynb #8e1365e5
 class GaussianMixture:
-    """A mixture of isotropic Gaussians whose noised density, score and denoiser are known in closed form.
+    """A mixture of isotropic Gaussians whose noised density, score and denoiser are known in
+    closed form.
 
-    weights [k], positive (normalised here); means [k d]; stds [k], 0 allowed. dtype and device follow `means`. Everywhere `sigma` ([] or [b]) is the noise level in
+    weights [k], positive (normalised here); means [k d]; stds [k], 0 allowed. dtype and device
+    follow `means`. Everywhere `sigma` ([] or [b]) is the noise level in
     x = x0 + sigma * noise."""
 
     def __init__(self, weights, means: Float[Tensor, "k d"], stds):
         self.means = torch.as_tensor(means)
-        self.stds = torch.as_tensor(stds, dtype=self.means.dtype, device=self.means.device).expand(len(self.means))
-        weights = torch.as_tensor(weights, dtype=self.means.dtype, device=self.means.device).expand(len(self.means))
+        self.stds = torch.as_tensor(stds, dtype=self.means.dtype, device=self.means.device).expand(
+            len(self.means)
+        )
+        weights = torch.as_tensor(weights, dtype=self.means.dtype, device=self.means.device).expand(
+            len(self.means)
+        )
         if self.means.ndim != 2 or not (weights > 0).all() or not (self.stds >= 0).all():
-            raise ValueError(f"need means [k d], weights > 0, stds >= 0; got means {tuple(self.means.shape)}, weights {weights}, stds {self.stds}")
+            raise ValueError(
+                f"need means [k d], weights > 0 and stds >= 0, one or k of each; "
+                f"got means {tuple(self.means.shape)}, weights {weights}, stds {stds}"
+            )
         self.log_weights = (weights / weights.sum()).log()
 
     def _variances(self, sigma) -> Float[Tensor, "b k"]:
@@ -59,28 +67,57 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
         "n clean points."
         k = self.log_weights.exp().multinomial(n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype, device=self.means.device)
+        noise = torch.randn(
+            n,
+            self.means.shape[1],
+            generator=generator,
+            dtype=self.means.dtype,
+            device=self.means.device,
+        )
         return self.means[k] + self.stds[k, None] * noise
 
 # %% ../nbs/02_score.ipynb #72afbf5c
 def score_at(score: Callable, process: ForwardProcess) -> Callable:
-    "The score of the process's own state, (x_t, t) -> grad log p_t(x_t), from one in the frame x = x0 + sigma * noise."
-    return lambda x_t, t: score(process.to_ve(x_t, t), process.noise_level(t).to(x_t)) / per_sample(process.alpha(t), x_t)
+    """The score of the process's own state, (x_t, t) -> grad log p_t(x_t), from one in the
+    frame x = x0 + sigma * noise."""
+    return lambda x_t, t: (
+        score(process.to_ve(x_t, t), process.noise_level(t).to(x_t))
+        / per_sample(process.alpha(t), x_t)
+    )
 
 # %% ../nbs/02_score.ipynb #9d7d7e27
-def langevin(score: Callable, x: Float[Tensor, "b d"], step: float, steps: int, generator: torch.Generator | None = None) -> Float[Tensor, "b d"]:
-    "Unadjusted Langevin dynamics: `steps` Euler steps of dx = score(x) dtau + sqrt(2) dw (Song 2019, eq. 4, with step = its alpha/2)."
+def langevin(
+    score: Callable,
+    x: Float[Tensor, "b d"],
+    step: float,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "b d"]:
+    """Unadjusted Langevin dynamics: `steps` Euler steps of dx = score(x) dtau + sqrt(2) dw
+    (Song 2019, eq. 4, with step = its alpha/2)."""
     for _ in range(steps):
-        x = x + step * score(x) + (2 * step) ** 0.5 * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x = (
+            x
+            + step * score(x)
+            + (2 * step) ** 0.5
+            * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        )
     return x
 
 # %% ../nbs/02_score.ipynb #fb3c8653
 def reverse(
-    score: Callable, x: Float[Tensor, "b d"], process: ForwardProcess, times: Float[Tensor, " n"], eta: float = 1.0, generator: torch.Generator | None = None
+    score: Callable,
+    x: Float[Tensor, "b d"],
+    process: ForwardProcess,
+    times: Float[Tensor, " n"],
+    eta: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Float[Tensor, "b d"]]:
-    """Run a process backwards by Euler-Maruyama steps: yields the state at times[1], times[2], ... (Song 2021, eq. 6 at eta = 1 and eq. 13 at eta = 0).
+    """Run a process backwards by Euler-Maruyama steps: yields the state at times[1], times[2],
+    ... (Song 2021, eq. 6 at eta = 1 and eq. 13 at eta = 0).
 
-    `score(x_t, t)` in the process's own coordinates (see `score_at`); x the state at times[0]; `times` float64, decreasing."""
+    `score(x_t, t)` in the process's own coordinates (see `score_at`); x the state at times[0];
+    `times` float64, decreasing."""
     for t, dt in zip(times[:-1], times.diff(), strict=True):
         f, g2 = sde_coefficients(process, t)
         drift = f * x - (1 + eta**2) / 2 * g2 * score(x, t)
@@ -90,6 +127,7 @@ def reverse(
 
 # %% ../nbs/02_score.ipynb #bafc6faa
 def swiss_roll(n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 2"]:
-    "n points on a swiss roll of one and a half turns, about unit standard deviation in each coordinate, in order along the roll."
+    """n points on a swiss roll of one and a half turns, about unit standard deviation in each
+    coordinate, in order along the roll."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator)).sort().values
     return torch.stack([angle * angle.cos(), angle * angle.sin()], 1) / 7
