@@ -21,25 +21,40 @@ from torch import Tensor, nn
 
 # %% ../nbs/07_blocks.ipynb #784cba06
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + shift))): [b c h w] -> [b out h w] (He 2016; Ho 2020, appendix B; diffusers' ResnetBlock2D).
+    """x + conv(silu(norm(conv(silu(norm(x))) + shift))): [b c h w] -> [b out h w] (He 2016; Ho
+    2020, appendix B; diffusers' ResnetBlock2D).
 
-    `shift` is what `read` makes of the timestep embedding ([b out], or [b 2*out] with `scale_shift`: Dhariwal 2021, eq. 3); None in a network without time."""
+    `shift` is what `read` makes of the timestep embedding ([b out], or [b 2*out] with
+    `scale_shift`: Dhariwal 2021, eq. 3); None in a network without time."""
 
-    def __init__(self, channels: int, out: int, time_channels: int | None = None, groups: int = 32, eps: float = 1e-5, scale_shift: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        time_channels: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+    ):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.from_time = nn.Linear(time_channels, out * (2 if scale_shift else 1)) if time_channels else None
+        self.from_time = (
+            nn.Linear(time_channels, out * (2 if scale_shift else 1)) if time_channels else None
+        )
         self.norm2 = nn.GroupNorm(groups, out, eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def read(self, embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b c"]:
-        "What this block adds for these timesteps: depends on no picture, so it can be computed once per trajectory."
+        """What this block adds for these timesteps: depends on no picture, so it can be computed
+        once per trajectory."""
         return self.from_time(F.silu(embedding))
 
-    def forward(self, x: Float[Tensor, "b c h w"], shift: Float[Tensor, "b c"] | None = None) -> Float[Tensor, "b out h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], shift: Float[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b out h w"]:
         h = self.conv1(F.silu(self.norm1(x)))  # [b out h w]
         if shift is None:
             h = self.norm2(h)
@@ -52,7 +67,8 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/07_blocks.ipynb #ff436b94
 class Downsample(nn.Module):
-    "Half the size by a 3 x 3 convolution of stride 2: [b c h w] -> [b c h/2 w/2]. `lopsided` pads right and bottom only, as the VAE does."
+    """Half the size by a 3 x 3 convolution of stride 2: [b c h w] -> [b c h/2 w/2]. `lopsided` pads
+    right and bottom only, as the VAE does."""
 
     def __init__(self, channels: int, lopsided: bool = False):
         super().__init__()
@@ -64,21 +80,28 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    "Twice the size (or `size`) by repeating pixels, then a 3 x 3 convolution: [b c h w] -> [b c 2h 2w] (Odena 2016)."
+    """Twice the size (or `size`) by repeating pixels, then a 3 x 3 convolution: [b c h w] -> [b c
+    2h 2w] (Odena 2016)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"], size: tuple[int, int] | None = None) -> Float[Tensor, "b c h2 w2"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b c h2 w2"]:
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 # %% ../nbs/07_blocks.ipynb #20b972e1
-def timestep_embedding(t: Float[Tensor, " b"], channels: int, max_period: float = 10_000.0) -> Float[Tensor, "b channels"]:
-    """Cosines, then sines, of t at channels/2 frequencies from 1 down to 1/max_period (Vaswani 2017, section 3.5; Ho 2020). t integer or float, any shape [...].
+def timestep_embedding(
+    t: Float[Tensor, " b"], channels: int, max_period: float = 10_000.0
+) -> Float[Tensor, "b channels"]:
+    """Cosines, then sines, of t at channels/2 frequencies from 1 down to 1/max_period (Vaswani
+    2017, section 3.5; Ho 2020). t integer or float, any shape [...].
 
-    In float32 as the published models were trained, whatever the model's dtype (float64 if t is). An odd number of channels is a ValueError."""
+    In float32 as the published models were trained, whatever the model's dtype (float64 if t is).
+    An odd number of channels is a ValueError."""
     if channels % 2:
         raise ValueError(f"a timestep embedding needs an even number of channels, got {channels}")
     t = t if t.dtype == torch.float64 else t.float()
@@ -88,7 +111,8 @@ def timestep_embedding(t: Float[Tensor, " b"], channels: int, max_period: float 
 
 # %% ../nbs/07_blocks.ipynb #1f74c3d4
 class EmbeddingMLP(nn.Module):
-    "linear(silu(linear(x))): [b channels] -> [b out]. Turns clocks into the embedding that every residual block reads (diffusers' TimestepEmbedding)."
+    """linear(silu(linear(x))): [b channels] -> [b out]. Turns clocks into the embedding that every
+    residual block reads (diffusers' TimestepEmbedding)."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -99,20 +123,33 @@ class EmbeddingMLP(nn.Module):
         return self.linear2(F.silu(self.linear1(x)))
 
 # %% ../nbs/07_blocks.ipynb #685231c5
-def attention(q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int = 1, causal: bool = False) -> Float[Tensor, "b n c"]:
-    """softmax(q k^T / sqrt(d)) v in each of `heads` groups of d = c/heads channels (Vaswani 2017, eq. 1), by the fused kernel that never stores the n x m table.
+def attention(
+    q: Float[Tensor, "b n c"],
+    k: Float[Tensor, "b m c"],
+    v: Float[Tensor, "b m c"],
+    heads: int = 1,
+    causal: bool = False,
+) -> Float[Tensor, "b n c"]:
+    """softmax(q k^T / sqrt(d)) v in each of `heads` groups of d = c/heads channels (Vaswani 2017,
+    eq. 1), by the fused kernel that never stores the n x m table.
 
     `causal`: query i sees keys 0 ... i only."""
     q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=heads) for z in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)")
+    return rearrange(
+        F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)"
+    )
 
 # %% ../nbs/07_blocks.ipynb #76a43210
 class Attention(nn.Module):
-    """Multi-head attention with learned maps: x [b n c] looks at itself, or at `memory`, the keys and values that `read` made of a context (Vaswani 2017, section 3.2.2).
+    """Multi-head attention with learned maps: x [b n c] looks at itself, or at `memory`, the keys
+    and values that `read` made of a context (Vaswani 2017, section 3.2.2).
 
-    `context_channels` None: self-attention. `bias`: biases on q, k, v too. Channels that heads do not divide are a ValueError."""
+    `context_channels` None: self-attention. `bias`: biases on q, k, v too. Channels that heads do
+    not divide are a ValueError."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False):
+    def __init__(
+        self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False
+    ):
         super().__init__()
         if channels % heads:
             raise ValueError(f"{heads} heads do not divide {channels} channels")
@@ -122,17 +159,23 @@ class Attention(nn.Module):
         self.v = nn.Linear(context_channels or channels, channels, bias=bias)
         self.out = nn.Linear(channels, channels)
 
-    def read(self, context: Float[Tensor, "b m k"]) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b m c"]]:
-        "Keys and values of a context: depend on no query, so for a text they can be computed once per trajectory."
+    def read(
+        self, context: Float[Tensor, "b m k"]
+    ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b m c"]]:
+        """Keys and values of a context: depend on no query, so for a text they can be computed once
+        per trajectory."""
         return self.k(context), self.v(context)
 
-    def forward(self, x: Float[Tensor, "b n c"], memory: tuple[Tensor, Tensor] | None = None) -> Float[Tensor, "b n c"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], memory: tuple[Tensor, Tensor] | None = None
+    ) -> Float[Tensor, "b n c"]:
         k, v = self.read(x) if memory is None else memory
         return self.out(attention(self.q(x), k, v, self.heads))
 
 # %% ../nbs/07_blocks.ipynb #5c1df6cd
 class GEGLU(nn.Module):
-    "contract(a * gelu(g)) with a, g the halves of expand(x): [b n c] -> [b n c], four times as wide inside (Shazeer 2020)."
+    """contract(a * gelu(g)) with a, g the halves of expand(x): [b n c] -> [b n c], four times as
+    wide inside (Shazeer 2020)."""
 
     def __init__(self, channels: int, factor: int = 4):
         super().__init__()
@@ -145,7 +188,8 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    "Self-attention, cross-attention, GEGLU, each behind a layer norm and added: [b n c] -> [b n c] (Rombach 2022, table 15)."
+    """Self-attention, cross-attention, GEGLU, each behind a layer norm and added: [b n c] -> [b n
+    c] (Rombach 2022, table 15)."""
 
     def __init__(self, channels: int, heads: int, context_channels: int):
         super().__init__()
@@ -156,29 +200,47 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.mlp = GEGLU(channels)
 
-    def forward(self, x: Float[Tensor, "b n c"], memory: tuple[Tensor, Tensor]) -> Float[Tensor, "b n c"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], memory: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "b n c"]:
         x = x + self.self_attention(self.norm1(x))
         x = x + self.cross_attention(self.norm2(x), memory)
         return x + self.mlp(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the places of a picture, added to it: [b c h w] -> [b c h w] (Rombach 2022, table 15; diffusers' Transformer2DModel).
+    """Transformer blocks over the places of a picture, added to it: [b c h w] -> [b c h w] (Rombach
+    2022, table 15; diffusers' Transformer2DModel).
 
-    `linear`: the maps in and out are linear layers (SD 2, SDXL), not 1 x 1 convolutions (SD 1). `memory` is what `read` makes of the text."""
+    `linear`: the maps in and out are linear layers (SD 2, SDXL), not 1 x 1 convolutions (SD 1).
+    `memory` is what `read` makes of the text."""
 
-    def __init__(self, channels: int, heads: int, context_channels: int, depth: int = 1, linear: bool = False, groups: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_channels: int,
+        depth: int = 1,
+        linear: bool = False,
+        groups: int = 32,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_channels) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_channels) for _ in range(depth)
+        )
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
 
     def read(self, context: Float[Tensor, "b m k"]) -> list[tuple[Tensor, Tensor]]:
         "Keys and values of the text for each block's cross-attention."
         return [block.cross_attention.read(context) for block in self.blocks]
 
-    def forward(self, x: Float[Tensor, "b c h w"], memory: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "b c h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], memory: list[tuple[Tensor, Tensor]]
+    ) -> Float[Tensor, "b c h w"]:
         linear = isinstance(self.proj_in, nn.Linear)
         h = self.norm(x) if linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")
@@ -192,18 +254,22 @@ class SpatialTransformer(nn.Module):
 # %% ../nbs/07_blocks.ipynb #bb7e0496
 @dataclass(frozen=True)
 class Cost:
-    "What a layer costs: floating-point operations (a multiplication and an addition are two), least bytes moved, number of weights."
+    """What a layer costs: floating-point operations (a multiplication and an addition are two),
+    least bytes moved, number of weights."""
 
     flops: int = 0
     bytes: int = 0
     weights: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.weights + other.weights)
+        return Cost(
+            self.flops + other.flops, self.bytes + other.bytes, self.weights + other.weights
+        )
 
 
 def costs(module: nn.Module, *inputs, **options) -> dict[str, Cost]:
-    """The Cost of each convolution, linear map and attention that runs in module(*inputs), by name in order of execution; `sum(..., Cost())` adds them up.
+    """The Cost of each convolution, linear map and attention that runs in module(*inputs), by name
+    in order of execution; `sum(..., Cost())` adds them up.
 
     Norms and activations are left out. Works on the meta device."""
     bill: dict[str, Cost] = {}
@@ -216,12 +282,19 @@ def costs(module: nn.Module, *inputs, **options) -> dict[str, Cost]:
             cost = Cost(4 * b * n * m * c, x.element_size() * b * c * (2 * n + 2 * m))
         else:
             weights = sum(p.numel() for p in layer.parameters())
-            cost = Cost(2 * y.numel() * layer.weight[0].numel(), x.element_size() * (x.numel() + weights + y.numel()), weights)
+            cost = Cost(
+                2 * y.numel() * layer.weight[0].numel(),
+                x.element_size() * (x.numel() + weights + y.numel()),
+                weights,
+            )
         bill[name] = bill.get(name, Cost()) + cost
 
     kinds = (nn.Conv2d, nn.Linear, Attention)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, kinds)]
-    hooks = [layer.register_forward_hook(lambda layer, args, y, name=name: note(name, layer, args, y)) for name, layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, y, name=name: note(name, layer, args, y))
+        for name, layer in layers
+    ]
     try:
         with torch.no_grad():
             module(*inputs, **options)
@@ -232,39 +305,67 @@ def costs(module: nn.Module, *inputs, **options) -> dict[str, Cost]:
 
 # %% ../nbs/07_blocks.ipynb #02d44fa6
 def rename(name: str, table: Mapping[str, str]) -> str:
-    "A dotted name with every run of whole parts that stands in `table` replaced, the longest first: rename('a.b.w', {'a.b': 'x'}) is 'x.w'."
+    """A dotted name with every run of whole parts that stands in `table` replaced, the longest
+    first: rename('a.b.w', {'a.b': 'x'}) is 'x.w'."""
     runs = "|".join(re.escape(run) for run in sorted(table, key=len, reverse=True))
-    return re.sub(rf"(?<![^.])(?:{runs})(?![^.])", lambda found: table[found[0]], name) if table else name
+    return (
+        re.sub(rf"(?<![^.])(?:{runs})(?![^.])", lambda found: table[found[0]], name)
+        if table
+        else name
+    )
 
 
-def named_weights(model: nn.Module, table: Mapping[str, str] = {}) -> dict[str, Tensor]:  # noqa: B006
-    "The model's weights under the names that `table` gives them. Two weights under one name are a ValueError."
+def named_weights(model: nn.Module, table: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The model's weights under the names that `table` gives them.
+
+    Two weights under one name are a ValueError."""
+    table = table or {}
     weights = {rename(name, table): weight for name, weight in model.state_dict().items()}
     if len(weights) != len(model.state_dict()):
-        raise ValueError(f"the table of names gives two weights of {type(model).__name__} the same name")
+        raise ValueError(
+            f"the table of names gives two weights of {type(model).__name__} the same name"
+        )
     return weights
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], table: Mapping[str, str] = {}) -> None:  # noqa: B006
-    """Copy named tensors into the model, into its dtype and device (a model on the meta device takes them as they are). Names are the model's own, translated by `table`.
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], table: Mapping[str, str] | None = None
+) -> None:
+    """Copy named tensors into the model, into its dtype and device (a model on the meta device
+    takes them as they are). Names are the model's own, translated by `table`.
 
-    Strict: a weight that is missing, unknown, misshapen or not of floating point is a ValueError that names all of them."""
+    Strict: a weight that is missing, unknown, misshapen or not of floating point is a ValueError
+    that names all of them."""
+    table = table or {}
     own = named_weights(model, table)
     wrong = [f"missing {name} {list(own[name].shape)}" for name in own.keys() - weights.keys()]
     wrong += [f"unknown {name}" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():
         if weights[name].shape != own[name].shape:
-            wrong.append(f"misshapen {name}: {list(weights[name].shape)}, should be {list(own[name].shape)}")
+            wrong.append(
+                f"misshapen {name}: {list(weights[name].shape)}, should be {list(own[name].shape)}"
+            )
         elif not weights[name].is_floating_point():
             wrong.append(f"not of floating point {name}: {weights[name].dtype}")
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise ValueError(f"weights do not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:20])}{more}")
+        raise ValueError(
+            f"weights do not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:20])}{more}"
+        )
     assign = any(weight.is_meta for weight in own.values())
-    model.load_state_dict({name: weights[rename(name, table)] for name in model.state_dict()}, strict=True, assign=assign)
+    model.load_state_dict(
+        {name: weights[rename(name, table)] for name in model.state_dict()},
+        strict=True,
+        assign=assign,
+    )
 
 
 def check_shape(what: str, x: Tensor, *shape: int | None) -> None:
     "A ValueError that names `what` unless x has this shape; None fits any size."
-    if x.ndim != len(shape) or any(want not in (None, size) for want, size in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{what} should have shape [{' '.join('*' if s is None else str(s) for s in shape)}], got {list(x.shape)}")
+    if x.ndim != len(shape) or any(
+        want not in (None, size) for want, size in zip(shape, x.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{what} should have shape [{' '.join('*' if s is None else str(s) for s in shape)}],"
+            f" got {list(x.shape)}"
+        )

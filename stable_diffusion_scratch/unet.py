@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-
 from stable_diffusion_scratch.layers import (
     Downsample,
     EmbeddingMLP,
@@ -27,15 +25,20 @@ from stable_diffusion_scratch.layers import (
     named_weights,
     timestep_embedding,
 )
+from torch import Tensor, nn
 
 # %% ../nbs/09_unet.ipynb #317247b2
 @dataclass(frozen=True)
 class UNetConfig:
-    """What tells one UNet from another. `channels`, `depth` and `heads` have one entry per level, finest first. A field that does not fit is a ValueError.
+    """What tells one UNet from another. `channels`, `depth` and `heads` have one entry per level,
+    finest first. A field that does not fit is a ValueError.
 
-    depth: transformer blocks after each residual block of the level (0: no attention there); mid_depth: the same in the middle (0: one residual block only).
-    linear: linear maps around transformers (SD 2, SDXL), not 1 x 1 convolutions (SD 1). scale_shift: time as a factor and a summand.
-    pooled_channels: width of SDXL's pooled text (0: none). sample_size: side of the latents it was trained on, for the record."""
+    depth: transformer blocks after each residual block of the level (0: no attention there);
+    mid_depth: the same in the middle (0: one residual block only).
+    linear: linear maps around transformers (SD 2, SDXL), not 1 x 1 convolutions (SD 1).
+    scale_shift: time as a factor and a summand.
+    pooled_channels: width of SDXL's pooled text (0: none). sample_size: side of the latents it was
+    trained on, for the record."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -56,21 +59,52 @@ class UNetConfig:
         for field in ("channels", "depth", "heads"):
             value = tuple(getattr(self, field))
             object.__setattr__(self, field, value)
-            if len(value) != len(self.channels) or not value or any(type(v) is not int or v < (field != "depth") for v in value):
-                raise ValueError(f"UNetConfig.{field} needs one positive number for each of {len(self.channels)} levels (depth may be 0), got {value}")
-        for field in ("in_channels", "out_channels", "layers", "context_channels", "groups", "size_channels", "sample_size"):
+            if (
+                len(value) != len(self.channels)
+                or not value
+                or any(type(v) is not int or v < (field != "depth") for v in value)
+            ):
+                raise ValueError(
+                    f"UNetConfig.{field} needs one positive number for each"
+                    f" of {len(self.channels)} levels"
+                    f" (depth may be 0), got {value}"
+                )
+        for field in (
+            "in_channels",
+            "out_channels",
+            "layers",
+            "context_channels",
+            "groups",
+            "size_channels",
+            "sample_size",
+        ):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
-                raise ValueError(f"UNetConfig.{field} must be a positive integer, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"UNetConfig.{field} must be a positive integer, got {getattr(self, field)!r}"
+                )
         for field in ("mid_depth", "pooled_channels"):
             if type(getattr(self, field)) is not int or getattr(self, field) < 0:
-                raise ValueError(f"UNetConfig.{field} must be an integer, 0 or more, got {getattr(self, field)!r}")
-        for width, heads, depth in zip(self.channels, self.heads, (*self.depth[:-1], self.depth[-1] or self.mid_depth), strict=True):
+                raise ValueError(
+                    f"UNetConfig.{field} must be an integer, 0 or more,"
+                    f" got {getattr(self, field)!r}"
+                )
+        for width, heads, depth in zip(
+            self.channels,
+            self.heads,
+            (*self.depth[:-1], self.depth[-1] or self.mid_depth),
+            strict=True,
+        ):
             if width % self.groups:
-                raise ValueError(f"UNetConfig.channels: {width} is not a multiple of groups = {self.groups}")
+                raise ValueError(
+                    f"UNetConfig.channels: {width} is not a multiple of groups = {self.groups}"
+                )
             if depth and width % heads:
                 raise ValueError(f"UNetConfig.heads: {heads} heads do not divide {width} channels")
         if self.channels[0] % 2:
-            raise ValueError(f"UNetConfig.channels: the first must be even for the timestep embedding, got {self.channels[0]}")
+            raise ValueError(
+                f"UNetConfig.channels: the first must be even for the timestep embedding,"
+                f" got {self.channels[0]}"
+            )
 
     @classmethod
     def sd15(cls) -> "UNetConfig":
@@ -84,43 +118,74 @@ class UNetConfig:
 
     @classmethod
     def sdxl(cls) -> "UNetConfig":
-        "Stable Diffusion XL: three levels, no attention at the finest, ten blocks deep at the coarsest, pooled text and sizes."
+        """Stable Diffusion XL: three levels, no attention at the finest, ten blocks deep at the
+        coarsest, pooled text and sizes."""
         return cls(
-            channels=(320, 640, 1280), depth=(0, 2, 10), mid_depth=10, heads=(5, 10, 20), context_channels=2048, linear=True, pooled_channels=1280, sample_size=128
+            channels=(320, 640, 1280),
+            depth=(0, 2, 10),
+            mid_depth=10,
+            heads=(5, 10, 20),
+            context_channels=2048,
+            linear=True,
+            pooled_channels=1280,
+            sample_size=128,
         )
 
 # %% ../nbs/09_unet.ipynb #bbd4c18c
 class Added(NamedTuple):
-    "What SDXL is told besides timestep and text: the pooled text [b c], and six numbers [b 6] (original height and width, crop top and left, target height and width)."
+    """What SDXL is told besides timestep and text: the pooled text [b c], and six numbers [b 6]
+    (original height and width, crop top and left, target height and width)."""
 
     pooled: Tensor
     sizes: Tensor
 
 
 class Level(nn.Module):
-    "Residual blocks of `inputs` -> width channels at one scale, transformers after the first `attentions` of them, then perhaps a change of size."
+    """Residual blocks of `inputs` -> width channels at one scale, transformers after the first
+    `attentions` of them, then perhaps a change of size."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, depth: int, heads: int, attentions: int, shrink: bool = False, grow: bool = False):
+    def __init__(
+        self,
+        config: UNetConfig,
+        inputs: list[int],
+        width: int,
+        depth: int,
+        heads: int,
+        attentions: int,
+        shrink: bool = False,
+        grow: bool = False,
+    ):
         super().__init__()
         time, groups = 4 * config.channels[0], config.groups
-        self.res = nn.ModuleList(ResBlock(n, width, time, groups, scale_shift=config.scale_shift) for n in inputs)
+        self.res = nn.ModuleList(
+            ResBlock(n, width, time, groups, scale_shift=config.scale_shift) for n in inputs
+        )
         transformers = attentions if depth else 0
-        self.attn = nn.ModuleList(SpatialTransformer(width, heads, config.context_channels, depth, config.linear, groups) for _ in range(transformers))
+        self.attn = nn.ModuleList(
+            SpatialTransformer(width, heads, config.context_channels, depth, config.linear, groups)
+            for _ in range(transformers)
+        )
         self.shrink = Downsample(width) if shrink else None
         self.grow = Upsample(width) if grow else None
 
 
 class UNet(nn.Module):
-    """The denoising network of Stable Diffusion (Rombach 2022; Ronneberger 2015; diffusers' UNet2DConditionModel): unet(x, t, context, added=None) -> prediction.
+    """The denoising network of Stable Diffusion (Rombach 2022; Ronneberger 2015; diffusers'
+    UNet2DConditionModel): unet(x, t, context, added=None) -> prediction.
 
-    x [b c h w]; t [] or [b], integer or float; context [b m k]; `added` for SDXL alone. What the prediction means (eps, v, ...) is the training's affair.
+    x [b c h w]; t [] or [b], integer or float; context [b m k]; `added` for SDXL alone. What the
+    prediction means (eps, v, ...) is the training's affair.
     A wrong shape, and `added` given or withheld against the configuration, is a ValueError."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config, widths, n = config, config.channels, config.layers
         self.time = EmbeddingMLP(widths[0], 4 * widths[0])
-        self.added = EmbeddingMLP(config.pooled_channels + 6 * config.size_channels, 4 * widths[0]) if config.pooled_channels else None
+        self.added = (
+            EmbeddingMLP(config.pooled_channels + 6 * config.size_channels, 4 * widths[0])
+            if config.pooled_channels
+            else None
+        )
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
@@ -128,10 +193,19 @@ class UNet(nn.Module):
         scales = list(zip(widths, config.depth, config.heads, strict=True))
         for i, (width, depth, heads) in enumerate(scales):
             shrink = i + 1 < len(scales)
-            self.down.append(Level(config, [last] + [width] * (n - 1), width, depth, heads, n, shrink=shrink))
+            self.down.append(
+                Level(config, [last] + [width] * (n - 1), width, depth, heads, n, shrink=shrink)
+            )
             kept += [width] * (n + shrink)
             last = width
-        self.mid = Level(config, [last] * (2 if config.mid_depth else 1), last, config.mid_depth, config.heads[-1], 1)
+        self.mid = Level(
+            config,
+            [last] * (2 if config.mid_depth else 1),
+            last,
+            config.mid_depth,
+            config.heads[-1],
+            1,
+        )
         for i, (width, depth, heads) in reversed(list(enumerate(scales))):
             inputs = [(last if k == 0 else width) + kept.pop() for k in range(n + 1)]
             self.up.append(Level(config, inputs, width, depth, heads, n + 1, grow=i > 0))
@@ -144,33 +218,53 @@ class UNet(nn.Module):
         "All levels in the order in which they run."
         return [*self.down, self.mid, *self.up]
 
-    def embed_time(self, t: Float[Tensor, "*b"] | int, added: Added | None = None) -> list[Float[Tensor, "b c"]]:
-        "What each residual block reads, in order: t [] gives [1 c] (or added's [b c]), t [b] gives [b c]. Depends on neither picture nor text."
+    def embed_time(
+        self, t: Float[Tensor, "*b"] | int, added: Added | None = None
+    ) -> list[Float[Tensor, "b c"]]:
+        """What each residual block reads, in order: t [] gives [1 c] (or added's [b c]), t [b]
+        gives [b c]. Depends on neither picture nor text."""
         t = torch.as_tensor(t, device=self.conv_in.weight.device)
         if t.ndim > 1:
             raise ValueError(f"t should have shape [] or [b], got {list(t.shape)}")
         if (added is None) != (self.added is None):
-            raise ValueError("this UNet needs `added` (pooled text and sizes)" if self.added else "this UNet takes no `added`: its config has pooled_channels = 0")
+            raise ValueError(
+                "this UNet needs `added` (pooled text and sizes)"
+                if self.added
+                else "this UNet takes no `added`: its config has pooled_channels = 0"
+            )
         dtype = self.conv_in.weight.dtype
-        embedding = self.time(timestep_embedding(t.reshape(-1), self.config.channels[0]).to(dtype))  # [b e]
+        # [b e]
+        embedding = self.time(timestep_embedding(t.reshape(-1), self.config.channels[0]).to(dtype))
         if added is not None:
             pooled, sizes = added
             check_shape("added.pooled", pooled, None, self.config.pooled_channels)
             check_shape("added.sizes", sizes, len(pooled), 6)
-            clocks = timestep_embedding(sizes, self.config.size_channels).flatten(1)  # [b 6*size_channels]
+            # [b 6*size_channels]
+            clocks = timestep_embedding(sizes, self.config.size_channels).flatten(1)
             embedding = embedding + self.added(torch.cat([pooled, clocks.to(pooled)], 1).to(dtype))
         return [block.read(embedding) for level in self.levels() for block in level.res]
 
     def embed_context(self, context: Float[Tensor, "b m k"]) -> list[list[tuple[Tensor, Tensor]]]:
-        "Keys and values of the text for each transformer, in order. Depends on neither picture nor timestep."
+        """Keys and values of the text for each transformer, in order. Depends on neither picture
+        nor timestep."""
         check_shape("context", context, None, None, self.config.context_channels)
         return [transformer.read(context) for level in self.levels() for transformer in level.attn]
 
-    def predict(self, x: Float[Tensor, "b c h w"], shifts: list[Tensor], memory: list[list[tuple[Tensor, Tensor]]]) -> Float[Tensor, "b out h w"]:
+    def predict(
+        self,
+        x: Float[Tensor, "b c h w"],
+        shifts: list[Tensor],
+        memory: list[list[tuple[Tensor, Tensor]]],
+    ) -> Float[Tensor, "b out h w"]:
         "The prediction, given what `embed_time` and `embed_context` made."
         check_shape("x", x, None, self.config.in_channels, None, None)
-        if any(len(shift) not in (1, len(x)) for shift in shifts) or any(len(k) != len(x) for blocks in memory for k, _ in blocks):
-            raise ValueError(f"batch of {len(x)} pictures, but timesteps for {len(shifts[0])} and text for {len(memory[0][0][0]) if memory else 'none'}")
+        if any(len(shift) not in (1, len(x)) for shift in shifts) or any(
+            len(k) != len(x) for blocks in memory for k, _ in blocks
+        ):
+            raise ValueError(
+                f"batch of {len(x)} pictures, but timesteps for {len(shifts[0])}"
+                f" and text for {len(memory[0][0][0]) if memory else 'none'}"
+            )
         shifts, memory = iter(shifts), iter(memory)
 
         def run(level: Level, k: int, x: Tensor) -> Tensor:
@@ -195,7 +289,13 @@ class UNet(nn.Module):
                 x = level.grow(x, kept[-1].shape[-2:])  # odd sizes come back to what they were
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "*b"] | int, context: Float[Tensor, "b m k"], added: Added | None = None) -> Float[Tensor, "b out h w"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, "*b"] | int,
+        context: Float[Tensor, "b m k"],
+        added: Added | None = None,
+    ) -> Float[Tensor, "b out h w"]:
         return self.predict(x, self.embed_time(t, added), self.embed_context(context))
 
 # %% ../nbs/09_unet.ipynb #7e3380be
@@ -226,19 +326,46 @@ DIFFUSERS_NAMES = {
 }
 
 ONLY = {  # fields of diffusers' configuration for which this class is one value and no other
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "only_cross_attention": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "dropout": 0.0, "act_fn": "silu", "norm_eps": 1e-5, "reverse_transformer_layers_per_block": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-    "num_attention_heads": None, "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
-    "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None, "cross_attention_norm": None,
-}  # fmt: skip
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
 
 
 def to_diffusers(config: UNetConfig) -> dict[str, Any]:
-    "The configuration as diffusers' unet/config.json. A ValueError where diffusers has no word for it."
+    """The configuration as diffusers' unet/config.json. A ValueError where diffusers has no word
+    for it."""
     if config.depth[-1] and config.mid_depth and config.mid_depth != config.depth[-1]:
-        raise ValueError(f"diffusers has one depth for the coarsest level and the middle, here they are {config.depth[-1]} and {config.mid_depth}")
+        raise ValueError(
+            "diffusers has one depth for the coarsest level and the middle,"
+            f" here they are {config.depth[-1]} and {config.mid_depth}"
+        )
     n, added = len(config.channels), config.pooled_channels > 0
     return {
         "_class_name": "UNet2DConditionModel",
@@ -247,10 +374,14 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in config.depth],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if config.mid_depth else "UNetMidBlock2D",
-        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(config.depth)],
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(config.depth)
+        ],
         "block_out_channels": list(config.channels),
         "layers_per_block": config.layers,
-        "transformer_layers_per_block": [d or (config.mid_depth if i == n - 1 else 0) or 1 for i, d in enumerate(config.depth)],
+        "transformer_layers_per_block": [
+            d or (config.mid_depth if i == n - 1 else 0) or 1 for i, d in enumerate(config.depth)
+        ],
         "attention_head_dim": list(config.heads),
         "cross_attention_dim": config.context_channels,
         "use_linear_projection": config.linear,
@@ -258,36 +389,61 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "addition_embed_type": "text_time" if added else None,
         "addition_time_embed_dim": config.size_channels if added else None,
-        "projection_class_embeddings_input_dim": config.pooled_channels + 6 * config.size_channels if added else None,
+        "projection_class_embeddings_input_dim": config.pooled_channels + 6 * config.size_channels
+        if added
+        else None,
     } | ONLY
 
 
 def from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
-    "diffusers' unet/config.json as a UNetConfig; fields left out have diffusers' defaults. A field that is unknown, or asks for what this class is not, is a ValueError."
+    """diffusers' unet/config.json as a UNetConfig; fields left out have diffusers' defaults. A
+    field that is unknown, or asks for what this class is not, is a ValueError."""
     given = {name: value for name, value in fields.items() if not name.startswith("_")}
     for name, value in ONLY.items():
         if given.pop(name, value) != value:
-            raise ValueError(f"UNet config: {name} = {fields[name]!r} is not supported, only {value!r}")
+            raise ValueError(
+                f"UNet config: {name} = {fields[name]!r} is not supported, only {value!r}"
+            )
     channels = tuple(given.pop("block_out_channels", (320, 640, 1280, 1280)))
-    each = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(channels)  # noqa: E731
+
+    def each(value):
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(channels)
+
     down = list(given.pop("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]))
     up = list(given.pop("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3))
-    middle, mode = given.pop("mid_block_type", "UNetMidBlock2DCrossAttn"), given.pop("resnet_time_scale_shift", "default")
-    if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or up != [kind.replace("Down", "Up") for kind in reversed(down)]:
-        raise ValueError(f"UNet config: down_block_types {down} with up_block_types {up} is not supported")
+    middle, mode = (
+        given.pop("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        given.pop("resnet_time_scale_shift", "default"),
+    )
+    if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or up != [
+        kind.replace("Down", "Up") for kind in reversed(down)
+    ]:
+        raise ValueError(
+            f"UNet config: down_block_types {down} with up_block_types {up} is not supported"
+        )
     if middle not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"):
         raise ValueError(f"UNet config: mid_block_type = {middle!r} is not supported")
     if mode not in ("default", "scale_shift"):
         raise ValueError(f"UNet config: resnet_time_scale_shift = {mode!r} is not supported")
-    depth, added = each(given.pop("transformer_layers_per_block", 1)), given.pop("addition_embed_type", None)
-    size_channels, projection = given.pop("addition_time_embed_dim", None), given.pop("projection_class_embeddings_input_dim", None)
+    depth, added = (
+        each(given.pop("transformer_layers_per_block", 1)),
+        given.pop("addition_embed_type", None),
+    )
+    size_channels, projection = (
+        given.pop("addition_time_embed_dim", None),
+        given.pop("projection_class_embeddings_input_dim", None),
+    )
     if added not in (None, "text_time") or (added and not (size_channels and projection)):
-        raise ValueError(f"UNet config: addition_embed_type = {added!r} with addition_time_embed_dim = {size_channels!r} is not supported")
+        raise ValueError(
+            f"UNet config: addition_embed_type = {added!r} with"
+            f" addition_time_embed_dim = {size_channels!r} is not supported"
+        )
     config = UNetConfig(
         channels=channels,
         depth=tuple(d if "Cross" in kind else 0 for d, kind in zip(depth, down, strict=True)),
         mid_depth=depth[-1] if "Cross" in middle else 0,
-        heads=each(given.pop("attention_head_dim", 8)),  # the published files say dimension and mean number
+        # the published files say dimension and mean number
+        heads=each(given.pop("attention_head_dim", 8)),
         sample_size=given.pop("sample_size", None) or 64,
         in_channels=given.pop("in_channels", 4),
         out_channels=given.pop("out_channels", 4),
@@ -299,7 +455,10 @@ def from_diffusers(fields: Mapping[str, Any]) -> UNetConfig:
         pooled_channels=projection - 6 * size_channels if added else 0,
         size_channels=size_channels if added else 256,
     )
-    for harmless in ("upcast_attention", "addition_embed_type_num_heads"):  # a matter of half precision; of another kind of embedding
+    for harmless in (
+        "upcast_attention",
+        "addition_embed_type_num_heads",
+    ):  # a matter of half precision; of another kind of embedding
         given.pop(harmless, None)
     if given:
         raise ValueError(f"UNet config: unknown fields {sorted(given)}")

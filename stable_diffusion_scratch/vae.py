@@ -16,14 +16,23 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
+from stable_diffusion_scratch.layers import (
+    Attention,
+    Downsample,
+    ResBlock,
+    Upsample,
+    check_shape,
+    load_weights,
+    named_weights,
+    rename,
+)
 from torch import Tensor, nn
-
-from .layers import Attention, Downsample, ResBlock, Upsample, check_shape, load_weights, named_weights, rename
 
 # %% ../nbs/08_vae.ipynb #0a4769de
 @dataclass(frozen=True)
 class Moments:
-    "What the encoder says about the latents of each picture: a normal distribution per number. mean and log_var [b c h w]; log_var is kept within [-30, 20], as in the published models."
+    """What the encoder says about the latents of each picture: a normal distribution per number.
+    mean and log_var [b c h w]; log_var is kept within [-30, 20], as in the published models."""
 
     mean: Float[Tensor, "b c h w"]
     log_var: Float[Tensor, "b c h w"]
@@ -37,19 +46,24 @@ class Moments:
 
     def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "b c h w"]:
         "mean + std * noise: a draw through which gradients pass (Kingma 2014, section 2.4)."
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        noise = torch.randn(
+            self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        )
         return self.mean + self.std * noise
 
     def kl(self) -> Float[Tensor, " b"]:
-        "Divergence from unit normal latents in nats, summed over each picture (Kingma 2014, appendix B)."
+        """Divergence from unit normal latents in nats, summed over each picture (Kingma 2014,
+        appendix B)."""
         return 0.5 * (self.mean**2 + self.log_var.exp() - 1 - self.log_var).flatten(1).sum(1)
 
 # %% ../nbs/08_vae.ipynb #6622080e
 @dataclass(frozen=True)
 class VAEConfig:
-    """What tells one VAE from another. `channels` has one entry per level, finest first; each level but the last halves the size. A field that does not fit is a ValueError.
+    """What tells one VAE from another. `channels` has one entry per level, finest first; each level
+    but the last halves the size. A field that does not fit is a ValueError.
 
-    scale, shift: latents are (z - shift) * scale, so that their variance is about one. sample_size: side of the pictures it was trained on, for the record."""
+    scale, shift: latents are (z - shift) * scale, so that their variance is about one. sample_size:
+    side of the pictures it was trained on, for the record."""
 
     in_channels: int = 3
     latent_channels: int = 4
@@ -65,9 +79,16 @@ class VAEConfig:
         object.__setattr__(self, "channels", tuple(self.channels))
         for field in ("in_channels", "latent_channels", "layers", "groups", "sample_size"):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
-                raise ValueError(f"VAEConfig.{field} must be a positive integer, got {getattr(self, field)!r}")
-        if not self.channels or any(type(c) is not int or c < 1 or c % self.groups for c in self.channels):
-            raise ValueError(f"VAEConfig.channels must be positive multiples of groups = {self.groups}, got {self.channels}")
+                raise ValueError(
+                    f"VAEConfig.{field} must be a positive integer, got {getattr(self, field)!r}"
+                )
+        if not self.channels or any(
+            type(c) is not int or c < 1 or c % self.groups for c in self.channels
+        ):
+            raise ValueError(
+                f"VAEConfig.channels must be positive multiples of groups = {self.groups},"
+                f" got {self.channels}"
+            )
         if not self.scale > 0:
             raise ValueError(f"VAEConfig.scale must be positive, got {self.scale!r}")
 
@@ -83,7 +104,8 @@ class VAEConfig:
 
 
 class PictureAttention(nn.Module):
-    "Self-attention of one head over all places, behind a group norm, added to the picture: [b c h w] -> [b c h w]."
+    """Self-attention of one head over all places, behind a group norm, added to the picture: [b c h
+    w] -> [b c h w]."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -98,9 +120,21 @@ class PictureAttention(nn.Module):
 class Level(nn.Module):
     "Residual blocks (with attention after the first, if asked for), then perhaps a change of size."
 
-    def __init__(self, channels: int, out: int, layers: int, groups: int, attention: bool = False, shrink: bool = False, grow: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        layers: int,
+        groups: int,
+        attention: bool = False,
+        shrink: bool = False,
+        grow: bool = False,
+    ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(channels if k == 0 else out, out, groups=groups, eps=1e-6) for k in range(layers))
+        self.res = nn.ModuleList(
+            ResBlock(channels if k == 0 else out, out, groups=groups, eps=1e-6)
+            for k in range(layers)
+        )
         self.attn = nn.ModuleList([PictureAttention(out, groups)] if attention else [])
         self.shrink = Downsample(out, lopsided=True) if shrink else None
         self.grow = Upsample(out) if grow else None
@@ -120,8 +154,12 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.channels, config.groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        pairs = zip(widths[:1] + widths, widths, strict=False)  # channels before and after each level
-        self.down = nn.ModuleList(Level(a, b, config.layers, groups, shrink=i + 1 < len(widths)) for i, (a, b) in enumerate(pairs))
+        # channels before and after each level
+        pairs = zip(widths[:1] + widths, widths, strict=False)
+        self.down = nn.ModuleList(
+            Level(a, b, config.layers, groups, shrink=i + 1 < len(widths))
+            for i, (a, b) in enumerate(pairs)
+        )
         self.mid = Level(widths[-1], widths[-1], 2, groups, config.attention)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -142,7 +180,10 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = Level(widths[0], widths[0], 2, groups, config.attention)
         pairs = zip(widths[:1] + widths, widths, strict=False)
-        self.up = nn.ModuleList(Level(a, b, config.layers + 1, groups, grow=i + 1 < len(widths)) for i, (a, b) in enumerate(pairs))
+        self.up = nn.ModuleList(
+            Level(a, b, config.layers + 1, groups, grow=i + 1 < len(widths))
+            for i, (a, b) in enumerate(pairs)
+        )
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
@@ -154,9 +195,11 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder of Stable Diffusion (Rombach 2022, section 3.1; Kingma 2014; diffusers' AutoencoderKL).
+    """The autoencoder of Stable Diffusion (Rombach 2022, section 3.1; Kingma 2014; diffusers'
+    AutoencoderKL).
 
-    Pictures [b c h w] in [-1, 1]; h and w multiples of config.factor. latents = vae.scale(vae.encode(x).sample(generator)); pictures = vae.decode(vae.unscale(latents)).
+    Pictures [b c h w] in [-1, 1]; h and w multiples of config.factor. latents =
+    vae.scale(vae.encode(x).sample(generator)); pictures = vae.decode(vae.unscale(latents)).
     A wrong shape is a ValueError."""
 
     def __init__(self, config: VAEConfig):
@@ -170,7 +213,10 @@ class VAE(nn.Module):
         "The distribution of the raw latents z of each picture."
         check_shape("x", x, None, self.config.in_channels, None, None)
         if x.shape[-1] % self.config.factor or x.shape[-2] % self.config.factor:
-            raise ValueError(f"height and width should be multiples of {self.config.factor}, got {list(x.shape[-2:])}")
+            raise ValueError(
+                f"height and width should be multiples of {self.config.factor},"
+                f" got {list(x.shape[-2:])}"
+            )
         return Moments(*self.to_moments(self.encoder(x)).chunk(2, dim=1))
 
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
@@ -187,15 +233,21 @@ class VAE(nn.Module):
         return latents / self.config.scale + self.config.shift
 
 # %% ../nbs/08_vae.ipynb #e2a9968a
-def rate_distortion(vae: VAE, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    "Rate (nats) and distortion (squared error) of each picture, both summed over it, from one sample of its latents. Minimise distortion + beta * rate (Kingma 2014, eq. 7)."
+def rate_distortion(
+    vae: VAE, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Rate (nats) and distortion (squared error) of each picture, both summed over it, from one
+    sample of its latents. Minimise distortion + beta * rate (Kingma 2014, eq. 7)."""
     moments = vae.encode(x)
     return moments.kl(), ((vae.decode(moments.sample(generator)) - x) ** 2).flatten(1).sum(1)
 
 # %% ../nbs/08_vae.ipynb #342c837d
 @torch.no_grad()
-def measure_scale(vae: VAE, batches: Iterable[Float[Tensor, "b c h w"]], generator: torch.Generator | None = None) -> float:
-    "1 / standard deviation of the raw latents of these pictures, around their mean: the config's `scale` (Rombach 2022, appendix G)."
+def measure_scale(
+    vae: VAE, batches: Iterable[Float[Tensor, "b c h w"]], generator: torch.Generator | None = None
+) -> float:
+    """1 / standard deviation of the raw latents of these pictures, around their mean: the config's
+    `scale` (Rombach 2022, appendix G)."""
     z = torch.cat([vae.encode(x).sample(generator).flatten() for x in batches])
     return 1 / z.double().std().item()
 
@@ -218,8 +270,19 @@ DIFFUSERS_NAMES = {
     "to_moments": "quant_conv",
     "from_latents": "post_quant_conv",
 }
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.12, and Stable Diffusion 1's own files
-ONLY = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "use_quant_conv": True, "use_post_quant_conv": True}  # the one value that this class is
+OLD_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # diffusers before 0.12, and Stable Diffusion 1's own files
+ONLY = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}  # the one value that this class is
 
 
 def to_diffusers(config: VAEConfig) -> dict[str, Any]:
@@ -244,11 +307,16 @@ def to_diffusers(config: VAEConfig) -> dict[str, Any]:
 
 
 def from_diffusers(fields: Mapping[str, Any]) -> VAEConfig:
-    "diffusers' vae/config.json as a VAEConfig; fields left out have diffusers' defaults. A field that is unknown, or asks for what this class is not, is a ValueError."
+    """diffusers' vae/config.json as a VAEConfig; fields left out have diffusers' defaults. A field
+    that is unknown, or asks for what this class is not, is a ValueError."""
     given = {name: value for name, value in fields.items() if not name.startswith("_")}
     channels = tuple(given.pop("block_out_channels", (64,)))
     in_channels = given.pop("in_channels", 3)
-    only = ONLY | {"out_channels": in_channels, "down_block_types": ["DownEncoderBlock2D"] * len(channels), "up_block_types": ["UpDecoderBlock2D"] * len(channels)}
+    only = ONLY | {
+        "out_channels": in_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+    }
     for name, value in only.items():
         found = given.pop(name, value)
         if (list(found) if isinstance(found, tuple) else found) != value:
@@ -271,8 +339,11 @@ def from_diffusers(fields: Mapping[str, Any]) -> VAEConfig:
 
 
 def load_diffusers(vae: VAE, weights: Mapping[str, Tensor]) -> None:
-    "Copy the weights of a diffusers file, old or new, into the network, strictly (see layers.load_weights)."
-    load_weights(vae, {rename(name, OLD_NAMES): weight for name, weight in weights.items()}, DIFFUSERS_NAMES)
+    """Copy the weights of a diffusers file, old or new, into the network, strictly (see
+    layers.load_weights)."""
+    load_weights(
+        vae, {rename(name, OLD_NAMES): weight for name, weight in weights.items()}, DIFFUSERS_NAMES
+    )
 
 
 def diffusers_weights(vae: VAE) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from stable_diffusion_scratch.layers import load_weights, named_weights, rename
 
 
 def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
-    "Random weights of a size that lets every layer be heard; no weight stays at a symmetric initial value such as 0 or 1."
+    "Random weights that let every layer be heard; none stays at a symmetric initial value such as 0 or 1."
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -30,7 +30,9 @@ def same_weights(ours: nn.Module, theirs: nn.Module, table: dict[str, str]) -> N
     assert named_weights(ours, table).keys() == theirs.state_dict().keys()
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, y: Tensor, reference: Tensor, table: dict[str, str], tolerance: float = 1e-5) -> None:
+def assert_same(
+    ours: nn.Module, theirs: nn.Module, y: Tensor, reference: Tensor, table: dict[str, str], tolerance: float = 1e-5
+) -> None:
     "Outputs agree, and so do the gradients of a random projection of them, weight by weight."
     assert relative(y, reference) < tolerance
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))

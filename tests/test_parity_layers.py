@@ -13,9 +13,20 @@ from parity import assert_same, relative, same_weights
 from stable_diffusion_scratch import layers
 
 TABLE = {
-    "from_time": "time_emb_proj", "skip": "conv_shortcut", "self_attention": "attn1", "cross_attention": "attn2", "q": "to_q", "k": "to_k", "v": "to_v",
-    "out": "to_out.0", "mlp.expand": "ff.net.0.proj", "mlp.contract": "ff.net.2", "blocks": "transformer_blocks", "linear1": "linear_1", "linear2": "linear_2",
-}  # fmt: skip
+    "from_time": "time_emb_proj",
+    "skip": "conv_shortcut",
+    "self_attention": "attn1",
+    "cross_attention": "attn2",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "out": "to_out.0",
+    "mlp.expand": "ff.net.0.proj",
+    "mlp.contract": "ff.net.2",
+    "blocks": "transformer_blocks",
+    "linear1": "linear_1",
+    "linear2": "linear_2",
+}
 
 
 def randn(*shape: int, seed: int = 2) -> torch.Tensor:
@@ -27,7 +38,9 @@ def randn(*shape: int, seed: int = 2) -> torch.Tensor:
 def test_residual_block(out, scale_shift):
     ours = layers.ResBlock(32, out, 48, groups=8, eps=1e-6, scale_shift=scale_shift)
     mode = "scale_shift" if scale_shift else "default"
-    theirs = ResnetBlock2D(in_channels=32, out_channels=out, temb_channels=48, groups=8, eps=1e-6, time_embedding_norm=mode)
+    theirs = ResnetBlock2D(
+        in_channels=32, out_channels=out, temb_channels=48, groups=8, eps=1e-6, time_embedding_norm=mode
+    )
     same_weights(ours, theirs, TABLE)
     x, embedding = randn(2, 32, 7, 9), randn(2, 48, seed=3)
     assert_same(ours, theirs, ours(x, ours.read(embedding)), theirs(x, embedding), TABLE)
@@ -37,7 +50,9 @@ def test_residual_block(out, scale_shift):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_spatial_transformer(linear, depth):
     ours = layers.SpatialTransformer(32, 4, 24, depth=depth, linear=linear, groups=8)
-    theirs = Transformer2DModel(4, 8, 32, num_layers=depth, norm_num_groups=8, cross_attention_dim=24, use_linear_projection=linear)
+    theirs = Transformer2DModel(
+        4, 8, 32, num_layers=depth, norm_num_groups=8, cross_attention_dim=24, use_linear_projection=linear
+    )
     same_weights(ours, theirs, TABLE)
     x, text = randn(2, 32, 6, 5), randn(2, 7, 24, seed=3)
     assert_same(ours, theirs, ours(x, ours.read(text)), theirs(x, encoder_hidden_states=text).sample, TABLE)
@@ -54,7 +69,10 @@ def test_transformer_block():
 @pytest.mark.parametrize("lopsided", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 def test_downsample(lopsided, size):
-    ours, theirs = layers.Downsample(16, lopsided), Downsample2D(16, use_conv=True, padding=0 if lopsided else 1, name="op")
+    ours, theirs = (
+        layers.Downsample(16, lopsided),
+        Downsample2D(16, use_conv=True, padding=0 if lopsided else 1, name="op"),
+    )
     same_weights(ours, theirs, {})
     x = randn(2, 16, *size)
     assert_same(ours, theirs, ours(x), theirs(x), {})
@@ -94,7 +112,10 @@ def test_the_fused_kernel_when_logits_are_huge():
     [
         (lambda w: w.pop("norm.weight"), r"missing norm\.weight \[16\]"),
         (lambda w: w.update({"nrom.weight": torch.ones(16)}), r"unknown nrom\.weight"),
-        (lambda w: w.update({"proj_in.weight": torch.ones(16, 8, 1, 1)}), r"misshapen proj_in\.weight: \[16, 8, 1, 1\], should be \[16, 16, 1, 1\]"),
+        (
+            lambda w: w.update({"proj_in.weight": torch.ones(16, 8, 1, 1)}),
+            r"misshapen proj_in\.weight: \[16, 8, 1, 1\], should be \[16, 16, 1, 1\]",
+        ),
         (lambda w: w.update({"norm.weight": torch.ones(16, dtype=torch.int64)}), r"norm\.weight: torch\.int64"),
     ],
 )

@@ -1,4 +1,4 @@
-"`unet` against diffusers' UNet2DConditionModel: the same weights by name, the same outputs, the same gradients; and what is refused."
+"`unet` against diffusers' UNet2DConditionModel: same weights, same outputs, same gradients; and what is refused."
 
 from dataclasses import replace
 
@@ -8,17 +8,28 @@ from diffusers import UNet2DConditionModel
 from parity import assert_same, relative, same_weights
 
 from stable_diffusion_scratch.unet import (
-    DIFFUSERS_NAMES, Added, UNet, UNetConfig, diffusers_weights, from_diffusers, load_diffusers, to_diffusers,
+    DIFFUSERS_NAMES,
+    Added,
+    UNet,
+    UNetConfig,
+    diffusers_weights,
+    from_diffusers,
+    load_diffusers,
+    to_diffusers,
 )  # fmt: skip
 
 SD1 = UNetConfig(channels=(32, 64, 64), depth=(1, 1, 0), heads=(4, 4, 4), context_channels=24, groups=8, sample_size=16)
 CASES = {
     "SD 1 style": SD1,
     "SD 2 style": replace(SD1, heads=(2, 4, 8), linear=True, layers=1),
-    "SDXL style": replace(SD1, depth=(0, 1, 2), mid_depth=2, heads=(2, 4, 8), linear=True, pooled_channels=20, size_channels=16),
+    "SDXL style": replace(
+        SD1, depth=(0, 1, 2), mid_depth=2, heads=(2, 4, 8), linear=True, pooled_channels=20, size_channels=16
+    ),
     "scale and shift": replace(SD1, scale_shift=True, layers=1),
     "no attention in the middle": replace(SD1, mid_depth=0, depth=(0, 1, 0)),
-    "one level": UNetConfig(channels=(32,), depth=(1,), heads=(4,), context_channels=24, groups=8, in_channels=9, out_channels=8),
+    "one level": UNetConfig(
+        channels=(32,), depth=(1,), heads=(4,), context_channels=24, groups=8, in_channels=9, out_channels=8
+    ),
 }
 
 
@@ -64,7 +75,9 @@ def test_any_size(size):
         assert relative(ours(x, 500, text), theirs_call(theirs, x, 500, text, None)) < 1e-5
 
 
-@pytest.mark.parametrize("t", [0, 999, 500.25, torch.tensor(3), torch.tensor([3.5, 800.0]), torch.tensor([3, 4], dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "t", [0, 999, 500.25, torch.tensor(3), torch.tensor([3.5, 800.0]), torch.tensor([3, 4], dtype=torch.int32)]
+)
 def test_kinds_of_timestep(t):
     ours, theirs = pair(SD1)
     x, text, _ = inputs(SD1)
@@ -108,11 +121,26 @@ def test_published_sizes_and_names(name):
 
 
 SD15_FILE = {
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False, "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
-    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
-    "out_channels": 4, "sample_size": 64, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}  # fmt: skip
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
 
 
 def test_configuration_round_trip():
@@ -198,7 +226,10 @@ def test_diffusers_opens_the_folder(tmp_path):
     from safetensors.torch import load_file, save_file
 
     ours = UNet(CASES["SDXL style"]).eval()
-    save_file({k: w.contiguous() for k, w in diffusers_weights(ours).items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {k: w.contiguous() for k, w in diffusers_weights(ours).items()},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
     (tmp_path / "config.json").write_text(json.dumps(to_diffusers(ours.config)))
     theirs, report = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,4 +1,4 @@
-"`vae` against diffusers' AutoencoderKL: the same weights by name, the same moments, pictures and gradients; and what is refused."
+"`vae` against diffusers' AutoencoderKL: same weights, same moments, pictures, gradients; and what is refused."
 
 import json
 from dataclasses import replace
@@ -11,7 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from stable_diffusion_scratch.layers import rename
 from stable_diffusion_scratch.vae import (
-    DIFFUSERS_NAMES, OLD_NAMES, VAE, Moments, VAEConfig, diffusers_weights, from_diffusers, load_diffusers, measure_scale, rate_distortion, to_diffusers,
+    DIFFUSERS_NAMES,
+    OLD_NAMES,
+    VAE,
+    Moments,
+    VAEConfig,
+    diffusers_weights,
+    from_diffusers,
+    load_diffusers,
+    measure_scale,
+    rate_distortion,
+    to_diffusers,
 )  # fmt: skip
 
 SD = VAEConfig(channels=(16, 32, 32), layers=2, groups=8, sample_size=32)
@@ -61,10 +71,19 @@ def test_published_size_and_names():
 
 
 SD_FILE = {
-    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types":
-    ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+}
 
 
 def test_configuration_round_trip():
@@ -132,7 +151,10 @@ def test_a_file_that_does_not_fit(spoil, complaint):
 
 def test_diffusers_opens_the_folder(tmp_path):
     ours = VAE(SD).eval()
-    save_file({k: w.contiguous() for k, w in diffusers_weights(ours).items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {k: w.contiguous() for k, w in diffusers_weights(ours).items()},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
     (tmp_path / "config.json").write_text(json.dumps(to_diffusers(SD)))
     theirs, report = AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
