@@ -36,7 +36,7 @@ KINDS: dict[str, Callable] = {
     "score": lambda alpha, sigma: (0 * alpha, -1 / sigma),
 }  # a prediction is a * x0 + b * noise; here are a and b
 
-
+# %% ../nbs/03_objective.ipynb #b8ed818e
 def prediction_target(kind: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What a network of this kind should say: a * x0 + b * noise. alpha and sigma broadcast
     against x0."""
@@ -92,7 +92,7 @@ class Denoiser:
             per_sample(self.process.sigma(t), x),
         )
 
-
+# %% ../nbs/03_objective.ipynb #afe1d8f3
 def EpsDenoiser(net: Callable, process: ForwardProcess) -> Denoiser:
     "A denoiser from a network that predicts the noise (Ho 2020)."
     return Denoiser(net, process, "eps")
@@ -112,7 +112,7 @@ def FlowDenoiser(net: Callable, process: ForwardProcess) -> Denoiser:
     "A denoiser from a network that predicts the velocity noise - x0 (Lipman 2023)."
     return Denoiser(net, process, "flow")
 
-
+# %% ../nbs/03_objective.ipynb #920b0ea4
 @dataclass(frozen=True)
 class EDMDenoiser:
     """A denoiser from a raw network net(c_in * x, log(sigma)/4, context) (Karras 2022, eq. 7).
@@ -137,7 +137,7 @@ def sample_times(
         return torch.randint(len(process.betas), (n,), generator=generator).double()
     return process.t_max * torch.rand(n, generator=generator, dtype=torch.float64)
 
-
+# %% ../nbs/03_objective.ipynb #c3c40a03
 def simple_loss(
     net: Callable,
     process: ForwardProcess,

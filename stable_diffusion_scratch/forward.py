@@ -25,7 +25,7 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
     value = value.to(x)
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
-
+# %% ../nbs/01_forward.ipynb #dc6119f4
 @dataclass(frozen=True)
 class ForwardProcess:
     """x_t = alpha(t) x0 + sigma(t) noise, for t in [0, t_max] (Kingma 2021, eq. 1). All methods
@@ -90,13 +90,13 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> ForwardProcess:
     B = lambda t: beta_min * t + (beta_max - beta_min) * t**2 / 2  # noqa: E731
     return ForwardProcess(lambda t: (-B(t) / 2).exp(), lambda t: (-torch.expm1(-B(t))).sqrt())
 
-
+# %% ../nbs/01_forward.ipynb #d342560c
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> ForwardProcess:
     "VP's signal with the square of its noise (Song 2021, eq. 29)."
     vp = vp_linear(beta_min, beta_max)
     return ForwardProcess(vp.alpha_fn, lambda t: vp.sigma_fn(t) ** 2)
 
-
+# %% ../nbs/01_forward.ipynb #f026d5ea
 def vp_cosine(s: float = 0.008) -> ForwardProcess:
     """Variance preserving, alpha a quarter of a cosine that starts at offset s (Nichol 2021,
     eq. 17). No signal at t = 1."""
@@ -104,9 +104,9 @@ def vp_cosine(s: float = 0.008) -> ForwardProcess:
     alpha = lambda t: angle(t).cos() / math.cos(s / (1 + s) * math.pi / 2)  # noqa: E731
     return ForwardProcess(alpha, lambda t: (1 - alpha(t) ** 2).clamp(min=0).sqrt())
 
-
+# %% ../nbs/01_forward.ipynb #7bac26b7
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> ForwardProcess:
-    "Variance exploding: the signal stays, the noise grows geometrically (Song 2021, eq. 30)."
+    "Variance exploding: the signal stays, the noise grows geometrically (Song 2021, eq. 31)."
     return ForwardProcess(torch.ones_like, lambda t: sigma_min * (sigma_max / sigma_min) ** t)
 
 
@@ -119,15 +119,12 @@ def flow(shift: float = 1.0) -> ForwardProcess:
 # %% ../nbs/01_forward.ipynb #d12bd884
 def sde_coefficients(process: ForwardProcess, t) -> tuple[Tensor, Tensor]:
     """f(t) and g(t)^2 of the SDE dx = f x dt + g dw whose marginals are the process's (Kingma
-    2021; Song 2021, eq. 5), float64, shaped like t."""
+    2021; Song 2021, eq. 5), float64, shaped like t. Not finite where alpha or sigma is 0."""
     t = torch.as_tensor(t, dtype=torch.float64).detach().requires_grad_()
-    f = (
-        torch.autograd.grad(process.alpha(t).log().sum(), t, materialize_grads=True)[0]
-        if process.alpha(t).requires_grad
-        else torch.zeros_like(t)
-    )
+    log_alpha = process.alpha(t).log() + 0 * t  # depends on t even where alpha is constant
+    f = torch.autograd.grad(log_alpha.sum(), t)[0]
     growth = torch.autograd.grad(process.noise_level(t).log().sum(), t)[0]
-    return f.detach(), (2 * process.sigma(t) ** 2 * growth).detach()
+    return f, 2 * process.sigma(t.detach()) ** 2 * growth
 
 # %% ../nbs/01_forward.ipynb #fae3f46d
 def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
@@ -137,9 +134,9 @@ def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
     Between steps the log noise level is interpolated linearly. Where the table reaches zero
     SNR, alpha is 1e-6."""
     betas = torch.as_tensor(betas, dtype=torch.float64)
-    if betas.ndim != 1 or len(betas) < 2 or betas.min() < 0 or betas.max() > 1:
+    if betas.ndim != 1 or len(betas) < 2 or betas.min() <= 0 or betas.max() > 1:
         raise ValueError(
-            f"betas must be at least two numbers in [0, 1], got shape {tuple(betas.shape)}"
+            f"betas must be at least two numbers in (0, 1], got shape {tuple(betas.shape)}"
         )
     alpha = (1 - betas).cumprod(0).sqrt().clamp(min=ALPHA_FLOOR)
     log_level = ((1 - alpha**2).sqrt() / alpha).log()
@@ -164,21 +161,21 @@ def DiscreteVP(betas: Float[Tensor, " steps"]) -> ForwardProcess:
         time_fn=time,
     )
 
-
+# %% ../nbs/01_forward.ipynb #ec5a9a6e
 def linear_betas(
     steps: int = 1000, start: float = 1e-4, end: float = 0.02
 ) -> Float[Tensor, " steps"]:
     "DDPM's table (Ho 2020, section 4)."
     return torch.linspace(start, end, steps, dtype=torch.float64)
 
-
+# %% ../nbs/01_forward.ipynb #9c148e1f
 def scaled_linear_betas(
     steps: int = 1000, start: float = 0.00085, end: float = 0.012
 ) -> Float[Tensor, " steps"]:
     "Stable Diffusion's table: linear in sqrt(beta) (Rombach 2022, code)."
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
 
-
+# %% ../nbs/01_forward.ipynb #208e23b7
 def cosine_betas(
     steps: int = 1000, s: float = 0.008, max_beta: float = 0.999
 ) -> Float[Tensor, " steps"]:

@@ -25,7 +25,7 @@ class Step:
     x0: Tensor  # the denoised picture that the step used
     nfe: int  # calls of the denoiser so far
 
-
+# %% ../nbs/04_ddim.ipynb #6fc97651
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {}
 
 
@@ -45,7 +45,7 @@ def register(*names: str, order: int, stochastic: bool, source: str) -> Callable
 
     return add
 
-
+# %% ../nbs/04_ddim.ipynb #1bb97d39
 def last(steps: Iterator[Step]) -> Step:
     "Run a sampler to its end and return the last step."
     step = None
@@ -76,7 +76,7 @@ def check_sigmas(sigmas: Float[Tensor, " n"]) -> list[float]:
             )
     return levels
 
-
+# %% ../nbs/04_ddim.ipynb #f7c02826
 def normal_noise(x: Tensor, generator: torch.Generator | None) -> Callable:
     "noise(x, sigma, sigma_next) -> unit normal noise like x, drawn from `generator`."
     return lambda x, sigma, sigma_next: torch.randn(
@@ -122,7 +122,7 @@ def ddim(
             x = x + new * noise(x, sigma, lower)
         yield Step(i, lower, x, x0, i + 1)
 
-
+# %% ../nbs/04_ddim.ipynb #fa2275ca
 @register("ddpm", "euler_ancestral", order=1, stochastic=True, source="Ho 2020, algorithm 2")
 def ddpm(
     denoise: Callable,
@@ -155,12 +155,12 @@ def time_grid(steps: int, table: int = 1000, spacing: str = "trailing") -> Float
         return torch.linspace(table - 1, 0, steps, dtype=torch.float64).round()
     raise ValueError(f"spacing {spacing!r} is not one of trailing, leading, linspace")
 
-
+# %% ../nbs/04_ddim.ipynb #c5c8071f
 def with_zero(sigmas: Float[Tensor, " n"]) -> Float[Tensor, " n+1"]:
     "The noise levels and a last 0: end at the clean picture."
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-
+# %% ../nbs/04_ddim.ipynb #a11ba87d
 def karras_sigmas(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0
 ) -> Float[Tensor, " n+1"]:

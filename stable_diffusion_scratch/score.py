@@ -26,12 +26,9 @@ class GaussianMixture:
 
     def __init__(self, weights, means: Float[Tensor, "k d"], stds):
         self.means = torch.as_tensor(means)
-        self.stds = torch.as_tensor(stds, dtype=self.means.dtype, device=self.means.device).expand(
-            len(self.means)
-        )
-        weights = torch.as_tensor(weights, dtype=self.means.dtype, device=self.means.device).expand(
-            len(self.means)
-        )
+        like = dict(dtype=self.means.dtype, device=self.means.device)
+        self.stds = torch.as_tensor(stds, **like).expand(len(self.means))
+        weights = torch.as_tensor(weights, **like).expand(len(self.means))
         if self.means.ndim != 2 or not (weights > 0).all() or not (self.stds >= 0).all():
             raise ValueError(
                 f"need means [k d], weights > 0 and stds >= 0, one or k of each; "
@@ -94,7 +91,7 @@ def langevin(
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b d"]:
     """Unadjusted Langevin dynamics: `steps` Euler steps of dx = score(x) dtau + sqrt(2) dw
-    (Song 2019, eq. 4, with step = its alpha/2)."""
+    (Song 2019, eq. 4, with step = its epsilon/2)."""
     for _ in range(steps):
         x = (
             x
@@ -118,8 +115,8 @@ def reverse(
 
     `score(x_t, t)` in the process's own coordinates (see `score_at`); x the state at times[0];
     `times` float64, decreasing."""
-    for t, dt in zip(times[:-1], times.diff(), strict=True):
-        f, g2 = sde_coefficients(process, t)
+    coefficients = zip(*sde_coefficients(process, times[:-1]), strict=True)
+    for t, dt, (f, g2) in zip(times[:-1], times.diff(), coefficients, strict=True):
         drift = f * x - (1 + eta**2) / 2 * g2 * score(x, t)
         kick = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         x = x + drift * dt + eta * (-g2 * dt).sqrt() * kick
