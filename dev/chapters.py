@@ -57,7 +57,7 @@ def path_of(name: str, may_be_new: bool = False) -> Path:
     for path in known:
         if name_of(path) == wanted or re.fullmatch(rf"{re.escape(wanted)}_\w+", name_of(path)):
             return path
-    new = re.fullmatch(r"(solutions/)?(\d\d_[a-z0-9_]+|index)", wanted)
+    new = re.fullmatch(r"(solutions/)?(\d\d[a-z]?_[a-z0-9_]+|index)", wanted)
     if may_be_new and new:
         return NBS / f"{wanted}.ipynb"
     hint = "; a new chapter needs its full name, for example 05_solvers" if may_be_new else ""

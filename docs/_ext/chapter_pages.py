@@ -19,24 +19,24 @@ from sphinx.domains.math import MathDomain
 from sphinx.transforms import SphinxTransform
 
 APPENDIX = 90  # files numbered from here on are appendices
+NUMBERED = re.compile(r"(\d\d)([a-z]?)_")  # 06_scenes, and 06b_captions, its second page
 OUTSIDE = re.compile(r"\[(?P<text>[^\]\n]*)\]\((?P<path>(?:\.\./)+[^)\s\"\\]+)\)")
 
 
-def chapter_number(docname: str) -> int | None:
-    "Number of a chapter, from the name of its file; None for every other page."
-    found = re.match(r"(\d\d)_", docname)
-    return int(found[1]) if found and int(found[1]) < APPENDIX else None
+def chapter_number(docname: str) -> str | None:
+    "Number of a chapter, from the name of its file (6, or 6b); None for every other page."
+    found = NUMBERED.match(docname)
+    return f"{int(found[1])}{found[2]}" if found and int(found[1]) < APPENDIX else None
 
 
 def equation_prefix(docname: str) -> str:
-    "What stands before an equation's number: `1.` in a chapter, `S1.` in its solutions."
-    name = docname.rpartition("/")[2]
-    found = re.match(r"(\d\d)_", name)
+    "What stands before an equation's number: `1.` in a chapter, `S1.` in its solutions, `A.` in an appendix."
+    found = NUMBERED.match(docname.rpartition("/")[2])
     if not found:
         return ""
     if int(found[1]) >= APPENDIX:
         return f"{chr(ord('A') + int(found[1]) - APPENDIX)}."
-    return f"{'S' if docname.startswith('solutions/') else ''}{int(found[1])}."
+    return f"{'S' if docname.startswith('solutions/') else ''}{int(found[1])}{found[2]}."
 
 
 class BookMathDomain(MathDomain):
@@ -158,7 +158,7 @@ def visit_display_math(self, node: nodes.math_block) -> None:
 
 def contents(docnames: set[str]) -> str:
     "The table of contents, as MyST toctrees, of the pages that exist."
-    numbered = sorted(d for d in docnames if re.match(r"\d\d_", d))
+    numbered = sorted(d for d in docnames if NUMBERED.match(d))
     rest = sorted(d for d in docnames if "/" not in d and d != "index" and d not in numbered)
     groups = {
         "Chapters": [d for d in numbered if chapter_number(d) is not None],
