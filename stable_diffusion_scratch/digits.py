@@ -13,7 +13,14 @@ from jaxtyping import Float, Int
 from .denoisers import simple_loss
 from .forward import DiscreteVP, ForwardProcess, linear_betas
 from torch import Tensor, nn
-from tqdm import trange
+
+try:
+    from sklearn.datasets import load_digits as read_digits
+    from sklearn.svm import SVC
+    from tqdm import trange
+except ImportError as error:
+    remedy = "the digits need more than the library: pip install 'stable_diffusion_scratch[book]'"
+    raise ImportError(f"{error}; {remedy}") from error
 
 # %% ../nbs/91_digits.ipynb #ec6a4eb0
 NO_CLASS = 10  # the label that means "any digit"
@@ -22,11 +29,7 @@ NO_CLASS = 10  # the label that means "any digit"
 def load_digits(held_out: bool = False) -> tuple[Float[Tensor, "n 1 8 8"], Int[Tensor, " n"]]:
     """Pictures in [-1, 1] and labels 0 to 9: 1,500 to train on, or the 297 held out (the split
     is fixed)."""
-    try:
-        from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
-    pictures, labels = load(return_X_y=True)
+    pictures, labels = read_digits(return_X_y=True)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     keep = order[1500:] if held_out else order[:1500]
     return torch.tensor(pictures, dtype=torch.float32)[keep].reshape(
@@ -114,8 +117,6 @@ def train_digits(
 def judge_digits(pictures: Float[Tensor, "n 1 8 8"]) -> Int[Tensor, " n"]:
     """Read digits: the labels 0 to 9 that a support vector machine, trained on the 1,500 real
     ones, gives to pictures in [-1, 1]."""
-    from sklearn.svm import SVC
-
     real, labels = load_digits()
     machine = SVC(C=10, gamma=1 / 16).fit(real.flatten(1).numpy(), labels.numpy())
     return torch.tensor(machine.predict(pictures.clamp(-1, 1).flatten(1).cpu().numpy()))

@@ -8,11 +8,16 @@ __all__ = ['COLORS', 'GREY', 'STYLE', 'set_style', 'tile', 'show_images', 'to_pn
 # %% ../nbs/90_figures.ipynb #b221a34b
 import io
 
-import ipywidgets
-import matplotlib.pyplot as plt
 import torch
-from PIL import Image
 from torch import Tensor
+
+try:
+    import ipywidgets
+    import matplotlib.pyplot as plt
+    from PIL import Image
+except ImportError as error:
+    remedy = "the figures need more than the library: pip install 'stable_diffusion_scratch[book]'"
+    raise ImportError(f"{error}; {remedy}") from error
 
 # %% ../nbs/90_figures.ipynb #459127ff
 COLORS = dict(
