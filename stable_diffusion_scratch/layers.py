@@ -97,8 +97,8 @@ class Upsample(nn.Module):
 def timestep_embedding(
     t: Float[Tensor, " b"], channels: int, max_period: float = 10_000.0
 ) -> Float[Tensor, "b channels"]:
-    """Cosines, then sines, of t at channels/2 frequencies from 1 down to 1/max_period (Vaswani
-    2017, section 3.5; Ho 2020). t integer or float, any shape [...].
+    """Cosines, then sines, of t at channels/2 frequencies from 1 down to almost 1/max_period
+    (Vaswani 2017, section 3.5; Ho 2020). t integer or float, any shape [...].
 
     In float32 as the published models were trained, whatever the model's dtype (float64 if t is).
     An odd number of channels is a ValueError."""
