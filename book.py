@@ -108,6 +108,10 @@ def parse(argv):
     "The parsed command line; options without a subcommand are those of `read`."
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["read", *argv]
+    if argv[0] == "lab" and argv[1:2] not in (["-h"], ["--help"]):  # all that follows is JupyterLab's
+        args = parser().parse_args(["lab"])
+        args.options = argv[1:]
+        return args
     return parser().parse_args(argv)
 
 

@@ -135,6 +135,7 @@ def test_every_subcommand_helps(command, capsys):
 def test_reading_is_the_default():
     assert book.parse([]).command == "read"
     assert book.parse(["--once"]).once
+    assert book.parse(["lab", "--no-browser", "--port", "9000"]).options == ["--no-browser", "--port", "9000"]
     assert book.parse(["read", "04", "--port", "9000"]).chapter == ["04"]
 
 
