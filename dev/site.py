@@ -87,6 +87,8 @@ def write_changed(wanted: dict[Path, bytes], target: Path) -> None:
 
 def run_sphinx(source: Path, doctrees: Path, out: Path) -> None:
     "Run Sphinx with warnings as errors. After a failure its memory is dropped: it would not repeat its warnings."
+    if not (out / "searchindex.js").exists():  # the last build was interrupted: begin anew
+        shutil.rmtree(doctrees, ignore_errors=True)
     options = ["-W", "--keep-going", "-n", "-q", "-j", "2", "-c", str(DOCS), "-d", str(doctrees)]
     command = [sys.executable, "-m", "sphinx", *options, str(source), str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
