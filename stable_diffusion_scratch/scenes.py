@@ -365,11 +365,11 @@ def place(
 ) -> Scenes:
     """Scenes of these objects at random places that make the relation true beyond doubt.
 
-    Attributes are kept, places are redrawn; RuntimeError if none is found in 500 rounds."""
+    Attributes are kept, places are redrawn; RuntimeError if none is found in 5,000 rounds."""
     b, n = attributes.shape[:2]
     scenes = Scenes(attributes, relation, torch.zeros(b, n, 2), torch.zeros(b, n))
     left = torch.arange(b)
-    for _ in range(500):
+    for _ in range(5000):
         if not len(left):
             return scenes
         u = torch.rand(len(left), n, 3, generator=generator)

@@ -235,3 +235,127 @@ def test_a_large_solid_is_larger_by_the_ratio_of_radii():
     small, large = batch.extent.unbind(1)
     assert_close(large / small, torch.full((3,), 0.72 / 0.42))
     assert math.isclose(batch.center[0, 1, 2], 0.72, rel_tol=1e-6)
+
+
+# --- light -----------------------------------------------------------------------------------------------------------
+
+
+def one(size: int, color: int, material: int, shape: int, turn: float = 0.0, at=(0.0, 0.0)) -> Scenes:
+    "A scene of one object, in float64."
+    here = torch.tensor([[at]], dtype=torch.float64)
+    return Scenes(torch.tensor([[[size, color, material, shape]]]), torch.tensor([-1]), here, here[..., 0] * 0 + turn)
+
+
+@pytest.mark.parametrize("material", [0, 1])
+def test_a_ball_is_as_bright_as_the_formulas_say(material):
+    "(def-matte) and (def-metal) on a sphere, whose normals are its radii, with the constants of the chapter."
+    scene = one(1, 1, material, 0)
+    o, d = Camera().rays(48, dtype=torch.float64)
+    light = torch.tensor(scenes.LIGHT, dtype=torch.float64)[:, None]
+    light = light / light.norm()
+    t, who = scenes.first_hit(scene, o[None], d[None])
+    d = d[:, who[0] == 0]
+    p = o + t[0, who[0] == 0] * d
+    n = (p - scene.center[0, 0][:, None]) / scene.extent[0, 0]
+    paint = torch.tensor(scenes.PAINT[1], dtype=torch.float64)[:, None]
+    facing = (n * light).sum(0)
+    half = (light - d) / (light - d).norm(dim=0)
+    gloss = (facing > 0) * (n * half).sum(0).clamp(min=0)
+    if material == 0:
+        expected = paint * (0.34 + 0.18 * n[2] + 0.85 * facing.clamp(min=0)) + 0.05 * gloss**16
+    else:
+        cosine = -(n * d).sum(0)
+        tint = 0.03 + 0.97 * paint
+        seen = scenes.radiance(scene, p[None], (d + 2 * cosine * n)[None], light, bounces=0)[0]
+        expected = (tint + (1 - tint) * (1 - cosine) ** 5) * 1.1 * seen + 1.5 * gloss**160
+    assert (facing > 0).any() and (facing < 0).any() and gloss.max() > 0.99
+    assert_close(scenes.radiance(scene, o[None], d[None], light)[0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", range(3))
+def test_turning_everything_changes_nothing(shape):
+    "Object, rays and lamp turned together about the vertical: the same light on the object."
+    o, d = Camera().rays(32, dtype=torch.float64)
+    light = torch.tensor([[-0.4], [-0.5], [0.76]], dtype=torch.float64)
+    light = light / light.norm()
+    angle = torch.tensor([0.7], dtype=torch.float64)
+    turned = [scenes.rotate(v, angle) for v in (o, d, light)]
+    before = scenes.radiance(one(1, 0, 0, shape, turn=0.3), o[None], d[None], light)
+    after = scenes.radiance(one(1, 0, 0, shape, turn=1.0), turned[0][None], turned[1][None], turned[2])
+    on_it = masks(one(1, 0, 0, shape, turn=0.3), size=32)[0].flatten(1)[0]
+    assert on_it.sum() > 40
+    assert_close(after[0][:, on_it], before[0][:, on_it], rtol=0, atol=1e-9)
+
+
+def test_a_shadow_takes_the_lamp_away_and_leaves_the_sky():
+    scene, lamp = one(1, 0, 0, 0), torch.tensor([[0.0], [0.6], [0.8]], dtype=torch.float64)
+    p = torch.tensor([[0.0, 2.0], [-0.72 * 0.6 / 0.8, 2.0], [0.0, 0.0]], dtype=torch.float64)  # behind it and far away
+    o, down = p + torch.tensor([[0.0], [0.0], [1e-4]]), torch.tensor([[0.0], [0.0], [-1.0]], dtype=torch.float64)
+    light = scenes.radiance(scene, o[None], down[None].expand(1, 3, 2), lamp)[0]
+    fade = 0.72 + 0.38 * torch.exp(-(p[:2] ** 2).sum(0) / 10)
+    sky = 0.5 * scenes.sky_seen(scene, p[None])[0, 0]
+    lit = torch.tensor([0.0, 0.85 * 0.8], dtype=torch.float64)
+    strips = scenes.SHEEN * scenes.strips(down[None])[0, 0]
+    expected = torch.tensor(scenes.FLOOR, dtype=torch.float64)[:, None] * fade * (sky + lit) + strips
+    assert_close(light, expected, rtol=0, atol=1e-3)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [(-2.1, 0.0), (2.1, 0.0), (0.0, -2.6), (0.0, 5.0)])
+def test_what_touches_the_border_does_not_count(at):
+    scene = one(1, 0, 0, 0, at=at)
+    seen = masks(scene)[0][0, 0]
+    sides = [seen[:, 0].any(), seen[:, -1].any(), seen[-1].any(), seen[0].any()]
+    assert sum(map(int, sides)) == 1 and seen.sum() > scenes.MIN_PIXELS
+    assert not scenes.clearly_visible(scene) and scenes.clearly_visible(one(1, 0, 0, 0))
+
+
+def test_a_cube_reaches_to_its_corners():
+    reach = [one(1, 0, 0, shape).reach.item() for shape in range(3)]
+    assert_close(reach, [0.72, 0.8 * 0.72 * math.sqrt(2), 0.8 * 0.72])
+
+
+def test_pairs_may_share_colour_or_shape_but_not_both():
+    attributes, relation = scenes.sample_attributes(4000, seeded(1))
+    assert abs((relation < 0).float().mean() - 0.5) < 0.04  # one or two, with equal chance
+    first, second = attributes[relation >= 0].unbind(1)
+    same = first == second
+    assert not (same[:, scenes.COLOR] & same[:, scenes.SHAPE]).any()
+    assert same[:, scenes.COLOR].any() and same[:, scenes.SHAPE].any()
+
+
+def test_objects_are_turned_by_up_to_a_quarter():
+    turn = sample_scenes(200, seeded(), objects=1).turn[:, 0]
+    assert 0 <= turn.min() < 0.1 and math.pi / 2 - 0.1 < turn.max() < math.pi / 2
+
+
+def test_forgetting_nothing_and_everything():
+    said = parse("a large red metal sphere left of a small blue rubber cube")
+    assert forget(said, seeded(), 0.0) == said
+    assert forget(said, seeded(), 1.0) == parse("a red sphere left of a blue cube")
+    less = [forget(said, seeded(seed), 0.25) for seed in range(400)]
+    for thing in range(2):
+        for k in (scenes.SIZE, scenes.MATERIAL):
+            assert 0.17 < sum(d.things[thing][k] is None for d in less) / 400 < 0.33
+    both = sum(d.things[0][0] is None and d.things[0][2] is None for d in less) / 400
+    assert 0.02 < both < 0.12  # each by a chance of its own
+
+
+@pytest.mark.parametrize(
+    "less, more, fits",
+    [
+        ("a red thing", "a red cube", True),
+        ("a red cube", "a red thing", False),
+        ("a red cube", "a red cube and a blue ball", False),
+        ("a red cube and a blue ball", "a red cube", False),
+        ("a blue ball and a red cube", "a red cube behind a blue ball", True),
+        ("a red cube behind a blue ball", "a red cube and a blue ball", False),
+        ("a red cube behind a blue ball", "a red cube left of a blue ball", False),
+        ("a red cube behind a blue ball", "a red cube in front of a blue ball", False),
+        ("a thing in front of a cube", "a red cube behind a blue ball", True),
+    ],
+)
+def test_what_fits(less, more, fits):
+    assert parse(less).fits(parse(more)) == fits
