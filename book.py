@@ -58,7 +58,16 @@ COMMANDS = {
     "edit": "open a chapter as plain text (.edit/NN_name.py), and bring it back",
     "refresh": "export, re-run a chapter and store its outputs",
     "export": "make the package and README.md from the notebooks",
+    "train": "train the bundled model anew, or go on with it, and measure it",
+    "bench": "time a picture from prompt to pixels, ours beside diffusers",
     "setup": "make or repair the environment, and nothing more",
+}
+PASSED_ON = {  # subcommands whose options are those of another program
+    "lab": "passed on to JupyterLab, for example --no-browser",
+    "train": "passed on to `sd-scratch train`, for example --out runs/mine; for all of them: .venv/bin/sd-scratch "
+    "train --help",
+    "bench": "passed on to bench/pipeline.py, for example --pairs 5; for all of them: .venv/bin/python "
+    "bench/pipeline.py --help",
 }
 
 
@@ -90,9 +99,8 @@ def parser():
     )
     depth.add_argument("--full", action="store_true", help="also the tests that are too long for every day")
 
-    sub["lab"].add_argument(
-        "options", nargs=argparse.REMAINDER, metavar="...", help="passed on to JupyterLab, for example --no-browser"
-    )
+    for name, text in PASSED_ON.items():
+        sub[name].add_argument("options", nargs=argparse.REMAINDER, metavar="...", help=text)
 
     sub["edit"].add_argument(
         "chapter", help="for example 04, solutions/04, or a new one: 05_solvers; none: all that are open", **names
@@ -108,8 +116,8 @@ def parse(argv):
     "The parsed command line; options without a subcommand are those of `read`."
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["read", *argv]
-    if argv[0] == "lab" and argv[1:2] not in (["-h"], ["--help"]):  # all that follows is JupyterLab's
-        args = parser().parse_args(["lab"])
+    if argv[0] in PASSED_ON and argv[1:2] not in (["-h"], ["--help"]):  # all that follows is the other program's
+        args = parser().parse_args(argv[:1])
         args.options = argv[1:]
         return args
     return parser().parse_args(argv)

@@ -25,5 +25,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

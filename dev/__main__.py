@@ -24,6 +24,10 @@ def run(args) -> int:
         from dev import lab
 
         return lab.main(args.options)
+    if args.command in ("train", "bench"):
+        from dev import machine
+
+        return {"train": machine.train, "bench": machine.bench}[args.command](args.options)
     if args.command == "test":
         from dev import check
 

@@ -95,6 +95,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'stable_diffusion_scratch/cli.py'),
                                               'stable_diffusion_scratch.cli.paint': ( 'command_line.html#paint',
                                                                                       'stable_diffusion_scratch/cli.py'),
+                                              'stable_diffusion_scratch.cli.percent': ( 'command_line.html#percent',
+                                                                                        'stable_diffusion_scratch/cli.py'),
                                               'stable_diffusion_scratch.cli.plainly': ( 'command_line.html#plainly',
                                                                                         'stable_diffusion_scratch/cli.py'),
                                               'stable_diffusion_scratch.cli.refusing': ( 'command_line.html#refusing',

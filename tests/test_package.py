@@ -10,9 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 NAME = "stable_diffusion_scratch"
+PROMPT = "a large red metal sphere left of a small blue rubber cube"
 HELPERS = {"plotting", "digits"}  # what only chapters share: these may need what chapters need
 FORBIDDEN = {
     "nbdev", "fastcore", "execnb", "jupyter_core", "jupyter_client", "IPython", "ipywidgets", "matplotlib", "sklearn",
@@ -81,7 +83,10 @@ def package_files() -> set[str]:
 def test_the_wheel_holds_the_package_and_no_more(built):
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        metadata = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("METADATA"))
+        metadata, entries = (
+            next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith(end))
+            for end in ("METADATA", "entry_points.txt")
+        )
     assert names == package_files()
     required = {
         line.split(": ")[1]
@@ -91,7 +96,8 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
     assert required == set(settings["DEFAULT"]["requirements"].split())
-    assert {r.split(">")[0] for r in required} == {"torch", "numpy", "jaxtyping", "einops"}
+    assert {f"{NAME}/configs/scenes64.toml", f"{NAME}/weights/scenes64/model_index.json"} <= names
+    assert "sd-scratch = stable_diffusion_scratch.cli:main" in entries
     assert "Requires-Python: >=3.11" in metadata
 
 
@@ -102,30 +108,38 @@ def test_the_sdist_can_build_itself(built):
     assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"} | package_files() <= names
 
 
-@pytest.mark.daily
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installs_and_imports_elsewhere(kind, built, tmp_path):
-    "A clean environment whose other packages are those of this one, read from where they are."
-    clean = tmp_path / "clean"
-    run(sys.executable, "-m", "venv", "--without-pip", clean, cwd=tmp_path)
-    python = clean / "bin" / "python"
+def clean_environment(folder: Path, package: Path) -> Path:
+    "A clean environment with this package, whose other packages are those of this one, read from where they are."
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     here = next(p for p in sys.path if p.endswith("site-packages"))
-    there = next((clean / "lib").glob("python*")) / "site-packages"
+    there = next((folder / "lib").glob("python*")) / "site-packages"
     # .pth files found there are not read, so that an editable install of this tree stays out of sight
     (there / "borrowed.pth").write_text(f"import sys; sys.path.append({here!r})\n")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-    ]
-    run(*pip, "--disable-pip-version-check", "-q", built[kind], cwd=tmp_path)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "-q"]
+    run(*pip, "--no-deps", "--no-build-isolation", "--no-index", package, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> dict[str, Path]:
+    "Clean environments with the wheel and with the sdist."
+    return {kind: clean_environment(tmp_path_factory.mktemp(kind) / "clean", built[kind]) for kind in built}
+
+
+@pytest.mark.daily
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installs_and_imports_elsewhere(kind, built, installed, tmp_path):
     names = [m for m in modules() if m.rsplit(".", 1)[-1] not in HELPERS]
     program = f"import {', '.join(names)}; print({NAME}.__file__, {NAME}.__version__)"
-    file, version = run(python, "-c", program, cwd=tmp_path).split()
-    assert Path(file).is_relative_to(there) and version in built["wheel"].name
+    file, version = run(installed[kind] / "bin" / "python", "-c", program, cwd=tmp_path).split()
+    assert Path(file).is_relative_to(installed[kind]) and version in built["wheel"].name
+
+
+@pytest.mark.daily
+def test_the_wheel_paints_a_picture(installed, tmp_path):
+    program = installed["wheel"] / "bin" / "sd-scratch"
+    said = run(program, "generate", PROMPT, "--steps", "4", "-o", "out.png", cwd=tmp_path)
+    assert said == "out.png\n"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (64, 64) and picture.mode == "RGB" and picture.getextrema() != ((0, 0),) * 3
