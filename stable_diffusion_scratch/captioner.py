@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -230,7 +231,7 @@ def confidence(probabilities: Answers) -> Float[Tensor, " b"]:
     return sure
 
 # %% ../nbs/16_judge.ipynb #5c1d4e0e
-JUDGE = Path(__file__).parent / "weights" / "judge" if "__file__" in globals() else None
+JUDGE = Path(str(resources.files("stable_diffusion_scratch"))) / "weights" / "judge"
 
 
 def save_judge(judge: Judge, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from .captioner import JUDGE, Judge, describe_answers, describe_picture, truth
+from stable_diffusion_scratch.captioner import (
+    JUDGE,
+    Judge,
+    describe_answers,
+    describe_picture,
+    truth,
+)
 from .captions import Description, caption, describe
 from .layers import check_shape
 from .scenes import ATTRIBUTES, RELATIONS, Scenes, sample_attributes
@@ -120,6 +126,7 @@ def own_error(
     wrong = [near_miss(m, generator) for m in means]
     fooled = [all(compare(a, b).values()) for a, b in zip(wrong, shown, strict=True)]
     return table | {"accepts_wrong": share(fooled)}
+
 
 def stated_error(folder: str | Path | None = None) -> dict[str, dict[str, float]]:
     "`own_error` on 2,000 unseen renders, as it is kept beside the judge's weights."
