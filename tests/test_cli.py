@@ -117,6 +117,8 @@ def mistakes(model: Path) -> list[tuple[list, str]]:
         (["x", *tiny, "--count", "0"], "--count 0: must be 1 or more"),
         (["x", *tiny, "--guidance", "-1"], "--guidance -1.0: must be 0 or more"),
         (["x", *tiny, "--guidance", "nan"], "--guidance nan"),
+        (["x", *tiny, "--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["x", *tiny, "--seed", str(2**70)], "less than 2**62"),
         (["x", *tiny, "--colour"], "No such option"),
         (["x", *tiny, "--sampler", "dimm"], "--sampler 'dimm' is unknown; did you mean ddim? There are: ddim, ddpm"),
         (["x", *tiny, "--sampler", "?"], "is unknown; There are: ddim, ddpm"),
@@ -124,7 +126,7 @@ def mistakes(model: Path) -> list[tuple[list, str]]:
         (["x", *tiny, "--device", "cuda:99"], "--device cuda:99: cannot be used here; there are: cpu"),
         (["x", *tiny, "--device", "meta"], "--device meta: cannot be used here"),
         (["x", *tiny, "-o", "no/folder/out.png"], "there is no folder no/folder; make it first"),
-        (["x", *tiny, "-o", "out.txt"], "the name must end in .png or .jpg or .webp"),
+        (["x", *tiny, "-o", "out.txt"], "the name must end in .png or .jpg or .jpeg or .webp"),
         (["x", *tiny, "-o", "out"], "the name must end in .png"),
         (["x", *tiny, "-o", "folder.png"], "is no file that may be replaced"),
         (["x", *tiny, "-o", f"{'long' * 63}.png"], "cannot be written (File name too long)"),
@@ -132,6 +134,7 @@ def mistakes(model: Path) -> list[tuple[list, str]]:
         (["x", *tiny, "-o", "folder.png", "--grid", "--count", "2"], "is no file that may be replaced"),
         (["x", *tiny, "-o", "taken.png", "--count", "2"], "taken-2.png: is there, and is no file that may be replaced"),
         (["x", "--model", "nowhere"], "--model nowhere: not a diffusers folder (it has no model_index.json)"),
+        (["x", "--model", 300 * "long"], "File name too long"),
         (["x", "--model", "broken"], "unet/config.json is missing"),
         (["x", "--model", "cut"], "--model: cut/unet: Error while deserializing header"),
         (["a purpel cube"], "unknown word 'purpel'; the nearest known words: purple"),
@@ -199,7 +202,7 @@ def test_options_reach_the_pipeline(model, here, capsys):
     assert Image.open("a.png").tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("suffix, kind", [("jpg", "JPEG"), ("webp", "WEBP"), ("PNG", "PNG")])
+@pytest.mark.parametrize("suffix, kind", [("jpg", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("PNG", "PNG")])
 def test_the_name_decides_the_format(suffix, kind, model, here):
     assert cli.main(["generate", "x", "--model", str(model), "--steps", "1", "-o", f"out.{suffix}"]) == 0
     assert Image.open(f"out.{suffix}").format == kind
@@ -265,13 +268,13 @@ def test_no_memory_is_a_line(model, here, monkeypatch, capsys):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(StableDiffusion, "decode", decode)
-    assert "out of memory; ask for fewer" in refused(["generate", "x", "--model", model], capsys, code=1)
+    assert "out of memory; ask for less" in refused(["generate", "x", "--model", model], capsys, code=1)
 
 
 def test_an_interrupted_save_leaves_nothing(model, here, monkeypatch, capsys):
     monkeypatch.setattr(Image.Image, "save", fails_half_way(KeyboardInterrupt()))
     line = refused(["generate", "x", "--model", model, "--steps", "1"], capsys, code=130)
-    assert line == "sd-scratch: interrupted; nothing was written\n" and names(here) == []
+    assert line == "sd-scratch: interrupted; no file is left half written\n" and names(here) == []
 
 
 @pytest.mark.daily
@@ -279,7 +282,9 @@ def test_ctrl_c_while_it_paints_on_a_terminal(model, tmp_path):
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
     words = ["generate", PROMPT, "--model", str(model), "--steps", "1000"]
-    child = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=end)
+    pipes = {"stdout": subprocess.PIPE, "stderr": end}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (ignored where pytest itself ignores it)
+    child = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, preexec_fn=heed, **pipes)
     os.close(end)
     shown, deadline = b"", time.monotonic() + 120
     while not re.search(rb"\s[1-9]\d*/1000", shown):  # the bar moves
@@ -292,7 +297,7 @@ def test_ctrl_c_while_it_paints_on_a_terminal(model, tmp_path):
     except OSError:  # the other end is closed
         pass
     assert child.wait(20) == 130 and child.stdout.read() == b"" and names(tmp_path) == []
-    assert shown.endswith(b"sd-scratch: interrupted; nothing was written\r\n") and b"Traceback" not in shown
+    assert shown.endswith(b"sd-scratch: interrupted; no file is left half written\r\n") and b"Traceback" not in shown
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
