@@ -93,7 +93,8 @@ def clocked(paint: Callable) -> tuple[float, float]:
 
 def spread(values: list[float]) -> dict[str, float]:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"median": middle, "low": low, "high": high, "min": min(values), "max": max(values)}
+    found = {"median": middle, "low": low, "high": high, "min": min(values), "max": max(values)}
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def measure(folder: Path, given: argparse.Namespace) -> dict:
@@ -127,7 +128,15 @@ def measure(folder: Path, given: argparse.Namespace) -> dict:
         times = {name: [run[k] for run in runs[name]] for name in runs}
         ratios = [mine / other for mine, other in zip(times[OURS], times[THEIRS], strict=True)]
         found[clock] = {**{name: spread(values) for name, values in times.items()}, "ratio": spread(ratios)}
-    return found | {"runs": runs}
+    return found | {"runs": {name: [[round(t, 4) for t in run] for run in both] for name, both in runs.items()}}
+
+
+def machine() -> dict:
+    "What is measured on, and how busy it is with other work."
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"system": platform.system(), "processor": name, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def table(found: dict) -> str:
@@ -157,7 +166,7 @@ def main() -> int:
         found = {
             "model": name,
             **{key: getattr(given, key) for key in ("pairs", "steps", "guidance", "count", "threads")},
-            **{"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()},
+            **{"python": platform.python_version(), "torch": torch.__version__, "machine": machine()},
             **measure(folder, given),
         }
     print(table(found))

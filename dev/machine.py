@@ -1,7 +1,7 @@
 """`book.py train` and `book.py bench`: the bundled model made anew, and its time measured beside a peer's.
 
-Training ends with what a model card is written from, in the folder of the run: evaluation.json (`sd-scratch evaluate`)
-and card.json (weights, how they were made, and with what).
+Training ends with what a model card is written from, in the folder of the run: scores.json (`sd-scratch evaluate`) and
+card.json (weights, how they were made, and with what).
 """
 
 import argparse
@@ -24,14 +24,14 @@ CLI = [sys.executable, "-m", "stable_diffusion_scratch.cli"]
 
 def train(options: list[str]) -> int:
     "Run `sd-scratch train` with these options; after a whole run measure the model and write its card's inputs."
-    if code := _run([*CLI, "train", *options]):
+    if (code := _run([*CLI, "train", *options])) or "--help" in options:
         return code
     folder = _folder(options)
-    found = ["--model", str(folder / "model"), "--json", str(folder / "evaluation.json")]
-    if code := _run([*CLI, "evaluate", *found]):
+    words = ["--model", str(folder / "model"), "--json", str(folder / "scores.json")]
+    if code := _run([*CLI, "evaluate", "--prompts", "1000", "--seed", "1", *words]):
         return code
     (folder / "card.json").write_text(json.dumps(card(folder), indent=2) + "\n", encoding="utf-8")
-    print(f"for the model card: {folder / 'evaluation.json'}, {folder / 'card.json'}")
+    print(f"for the model card: {folder / 'scores.json'}, {folder / 'card.json'}")
     return 0
 
 
