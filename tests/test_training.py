@@ -19,7 +19,16 @@ from torch import nn
 from stable_diffusion_scratch import training
 from stable_diffusion_scratch.recipe import CHUNK, make, read_config, scene_set
 from stable_diffusion_scratch.training import (
-    Run, averaged, deferred_interrupt, fit, load_run, save_run, step_generator, train, warmup_cosine, whole_file,
+    Run,
+    averaged,
+    deferred_interrupt,
+    fit,
+    load_run,
+    save_run,
+    step_generator,
+    train,
+    warmup_cosine,
+    whole_file,
 )  # fmt: skip
 
 
