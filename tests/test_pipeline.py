@@ -448,6 +448,8 @@ def test_guidance_and_negative_prompts():
     torch.testing.assert_close(none, last_pictures(PIPE, "", steps=3, guidance=1.0), rtol=0, atol=1e-5)
     each = last_pictures(PIPE, PROMPTS, ["a cube", ""], steps=3)
     torch.testing.assert_close(each[1:], last_pictures(PIPE, PROMPTS[1], steps=3, seed=1), rtol=0, atol=1e-4)
+    contexts = PIPE.encode_prompt(PROMPTS), PIPE.encode_prompt(["a cube", ""])
+    assert torch.equal(last_pictures(PIPE, *contexts, steps=3), each)
     ramp = last_pictures(PIPE, "a cube", steps=3, guidance=lambda sigma: 4.0)
     assert torch.equal(ramp, last_pictures(PIPE, "a cube", steps=3))
 
