@@ -415,6 +415,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'stable_diffusion_scratch/recipe.py'),
                                                  'stable_diffusion_scratch.recipe.caption_tokenizer': ( 'recipe.html#caption_tokenizer',
                                                                                                         'stable_diffusion_scratch/recipe.py'),
+                                                 'stable_diffusion_scratch.recipe.check': ( 'recipe.html#check',
+                                                                                            'stable_diffusion_scratch/recipe.py'),
                                                  'stable_diffusion_scratch.recipe.drawn': ( 'recipe.html#drawn',
                                                                                             'stable_diffusion_scratch/recipe.py'),
                                                  'stable_diffusion_scratch.recipe.encode_all': ( 'recipe.html#encode_all',

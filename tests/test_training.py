@@ -274,3 +274,12 @@ def test_an_unreadable_configuration_is_said(tmp_path):
 def test_a_number_of_scenes_that_makes_no_whole_files(tmp_path):
     with pytest.raises(ValueError, match="multiple of 500, got 700"):
         scene_set(tmp_path, 700)
+
+
+@pytest.mark.parametrize("section, key", [("data", "scene"), ("vae", "layer"), ("text", "widht"), ("unet", "chanels")])
+def test_a_wrong_key_is_said_before_anything_is_made(tmp_path, section, key):
+    config = tiny_config()
+    config[section][key] = 1
+    with pytest.raises(ValueError, match=f"configuration, .*{key}"):
+        next(make(config, tmp_path))
+    assert os.listdir(tmp_path) == []
