@@ -55,7 +55,8 @@ def move_slider(page) -> tuple[str, str]:
     page.wait_for_function(f"({VISIBLE_PICTURES})() !== ''")
     before = page.evaluate(VISIBLE_PICTURES)
     knob.focus()
-    page.keyboard.press("ArrowRight")
+    at_the_end = knob.get_attribute("aria-valuenow") == knob.get_attribute("aria-valuemax")
+    page.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")
     try:
         page.wait_for_function(f"before => ({VISIBLE_PICTURES})() !== before", arg=before, timeout=5000)
     except Timeout:  # the caller compares, and says what did not move

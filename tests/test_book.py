@@ -238,7 +238,7 @@ def test_an_interrupted_installation_says_so_and_is_repaired(project, sign):
     child = project.start("setup", mode="hang")
     wait_for(lambda: len(project.pip_calls()) and "-e" in project.pip_calls()[-1])
     child.send_signal(sign)
-    output = child.communicate(timeout=20)[0]
+    output = child.communicate(timeout=90)[0]
     assert child.returncode == 130 and "interrupted. Run the same command again" in output
     assert "Traceback" not in output
     code, output = project.run("setup")

@@ -269,7 +269,7 @@ def test_a_ball_is_as_bright_as_the_formulas_say(material):
         seen = scenes.radiance(scene, p[None], (d + 2 * cosine * n)[None], light, bounces=0)[0]
         expected = (tint + (1 - tint) * (1 - cosine) ** 5) * 1.1 * seen + 1.5 * gloss**160
     assert (facing > 0).any() and (facing < 0).any() and gloss.max() > 0.99
-    assert_close(scenes.radiance(scene, o[None], d[None], light)[0], expected, rtol=0, atol=1e-9)
+    assert_close(scenes.radiance(scene, o[None], d[None], light)[0], expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", range(3))
