@@ -408,3 +408,14 @@ def test_the_lock_is_exclusive(tmp_path, capsys):
         order.append("first")
     thread.join(5)
     assert order == ["first", "second"] and capsys.readouterr().out == "book.py: waiting for the first\n"
+
+
+def test_every_stored_slider_has_its_state():
+    "A view whose model is not in the notebook's widget state is a blank on the page."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        widgets = nb["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+        for cell in nb["cells"]:
+            for output in cell.get("outputs", []):
+                view = output.get("data", {}).get("application/vnd.jupyter.widget-view+json")
+                assert not view or view["model_id"] in widgets["state"], path
