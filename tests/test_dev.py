@@ -412,7 +412,7 @@ def test_the_lock_is_exclusive(tmp_path, capsys):
 
 def test_every_stored_slider_has_its_state():
     "A view whose model is not in the notebook's widget state is a blank on the page."
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+    for path in sorted((TOOLS / "nbs").rglob("*.ipynb")):
         nb = json.loads(path.read_text(encoding="utf-8"))
         widgets = nb["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
         for cell in nb["cells"]:
