@@ -203,7 +203,8 @@ def tiny_config() -> dict:
     config["unet"] |= {"channels": [16], "depth": [1], "heads": [2], "groups": 8}
     config["text"] |= {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
     config["vae_training"] |= {"steps": 40, "batch": 2}
-    config["unet_training"] |= {"steps": 80, "batch": 4}
+    config["text_training"] |= {"steps": 20, "batch": 4}
+    config["unet_training"] |= {"steps": 60, "batch": 4}
     return config
 
 
