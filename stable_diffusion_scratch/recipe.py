@@ -184,8 +184,8 @@ def reading_loss(
     forget: float,
     pairs: float,
 ) -> Float[Tensor, ""]:
-    """Cross entropy of the reader's answers, in nats a caption, for fresh paraphrases of what a batch
-    drawn from the scenes shows. What a caption leaves unsaid can only be guessed."""
+    """Cross entropy of the reader's answers, in nats a caption, for fresh paraphrases of what a
+    batch drawn from the scenes shows. What a caption leaves unsaid can only be guessed."""
     some = scenes[draw(scenes, batch, pairs, generator)]
     ids = tokenizer(captions(some, generator, forget)).to(reader.queries.device)
     return judge_loss(reader, ids, {q: a.to(ids.device) for q, a in truth(some).items()})
