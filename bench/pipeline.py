@@ -61,10 +61,9 @@ def random_model(folder: Path) -> Path:
     config = recipe.read_config()
     some = sample_scenes(1000, torch.Generator().manual_seed(0))
     tokenizer = recipe.caption_tokenizer(some, config["text"]["max_length"])
-    unet = recipe.drawn(0, lambda: recipe.new_unet(config))
-    encoder = recipe.drawn(0, lambda: recipe.new_text_encoder(config, tokenizer))
+    networks = recipe.drawn(0, lambda: recipe.text_to_image_networks(config, tokenizer))
     vae = recipe.drawn(1, lambda: VAE(VAEConfig(**config["vae"])))
-    StableDiffusion(unet, vae, encoder, tokenizer).save_pretrained(folder)
+    StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokenizer).save_pretrained(folder)
     return folder
 
 

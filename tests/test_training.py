@@ -203,8 +203,7 @@ def tiny_config() -> dict:
     config["unet"] |= {"channels": [16], "depth": [1], "heads": [2], "groups": 8}
     config["text"] |= {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
     config["vae_training"] |= {"steps": 40, "batch": 2}
-    config["text_training"] |= {"steps": 20, "batch": 4}
-    config["unet_training"] |= {"steps": 60, "batch": 4}
+    config["unet_training"] |= {"steps": 80, "batch": 4}
     return config
 
 
@@ -254,6 +253,28 @@ def test_killed_at_ten_random_moments_ends_in_the_same_weights(tmp_path, scenes_
         one, other = load_file(tmp_path / "quiet" / file), load_file(tmp_path / "killed" / file)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), file
     assert not list((tmp_path / "quiet").rglob("*.part"))
+
+
+@pytest.mark.daily
+def test_an_encoder_that_goes_to_school_learns_nothing_afterwards(tmp_path, scenes_folder):
+    (tmp_path / "scenes").symlink_to(scenes_folder)
+    config = tiny_config()
+    config["text_training"] = {"steps": 9, "batch": 4, "rate": 1e-3, "decay": 0.9, "forget": 0.25, "seed": 3}
+    config["unet_training"] |= {"steps": 6}
+    for progress in make(config, tmp_path):  # stopped in school, once
+        if (progress.stage, progress.step) == ("text", 4):
+            break
+    stages = [progress.stage for progress in make(config, tmp_path)]
+    assert stages == ["text"] * 5 + ["unet"] * 6
+    learnt, used = load_file(tmp_path / "text.safetensors"), load_file(tmp_path / "unet.safetensors")
+    names = [name for name in learnt if name.startswith("average.encoder.")]
+    assert len(names) > 10
+    for name in names:
+        assert torch.equal(learnt[name], used[name.replace("average.encoder.", "model.text_encoder.")]), name
+    config["text_training"]["steps"] = 0
+    del config["text_training"]["seed"]
+    with pytest.raises(ValueError, match=r"\[text_training\]: missing or unknown: seed"):
+        next(make(config, tmp_path))
 
 
 def test_another_configuration_is_refused(tmp_path, scenes_folder):
