@@ -77,7 +77,7 @@ def test_weights_are_normalised_and_numbers_are_shared():
     x = torch.linspace(-2, 5, 9, **double)[:, None]
     assert_close(a.log_prob(x, 0.3), b.log_prob(x, 0.3), rtol=0, atol=1e-12)
     assert_close(GaussianMixture(7.0, means, 0.5).log_weights.exp(), torch.full((2,), 0.5, **double))
-    assert torch.isin(GaussianMixture(1.0, means, 0.0).sample(5, seeded(0)), means).all()  # width 0: the points themselves
+    assert torch.isin(GaussianMixture(1.0, means, 0.0).sample(5, seeded(0)), means).all()
 
 
 def test_log_prob_is_a_density_and_samples_follow_it():
