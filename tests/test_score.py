@@ -183,7 +183,7 @@ def there_and_back(process, steps, eta, factor=1.0, seed=1):
     ids=["vp-sde", "vp-ode", "ve-sde", "ve-ode", "flow-ode"],
 )
 def test_the_reversals_cannot_be_told_from_fresh_samples(process, steps, eta, fresh_sets, spread):
-    """By chance, one true sample in twenty-one would be the farthest of all: the seed is fixed. (With seed 0 the VE SDE is.)
+    """By chance, one true sample in 21 would be the farthest of all: the seed is fixed (with seed 0, the VE SDE is it).
     VE's ODE needs the most steps: at 150 its error is several times the spread."""
     assert far_from(fresh_sets, there_and_back(process, steps, eta)) <= spread.max()
 
