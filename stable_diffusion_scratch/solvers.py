@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['ADAMS', 'AYS', 'hybrid', 'walk', 'counted', 'edm', 'heun', 'euler_step', 'ancestral_split', 'dpm2_ancestral', 'dpm2',
-           'phi', 'log_step', 'exponential_step', 'dpmpp_2s', 'runge_kutta_step', 'dpmpp_sde', 'taylor', 'first_steps',
-           'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_published', 'lms', 'usable_order', 'deis', 'pndm',
-           'halfway', 'unipc', 'adaptive', 'time_sigmas', 'beta_sigmas', 'ays_sigmas', 'optimised_sigmas', 'hand_over']
+           'phi', 'log_step', 'exponential_step', 'dpmpp_2s', 'runge_kutta_step', 'taylor', 'first_steps', 'dpmpp_2m',
+           'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_published', 'lms', 'usable_order', 'deis', 'pndm', 'halfway', 'unipc',
+           'dpmpp_sde', 'adaptive', 'time_sigmas', 'beta_sigmas', 'ays_sigmas', 'optimised_sigmas', 'hand_over']
 
 # %% ../nbs/05_solvers.ipynb #66f84bb2
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -45,9 +44,7 @@ def counted(denoise: Callable) -> Callable:
     return ask
 
 # %% ../nbs/05_solvers.ipynb #1cd149ab
-@register(
-    "edm", order=2, stochastic=True, source="Karras 2022, algorithm 2"
-)
+@register("edm", order=2, stochastic=True, source="Karras 2022, algorithm 2")
 def edm(
     denoise: Callable,
     x: Float[Tensor, "b *d"],
@@ -223,39 +220,6 @@ def runge_kutta_step(
     return exponential_step(
         x, h, [x0, (ask(there, sigma * math.exp(-h * 2 / 3)) - x0) / (h * 2 / 3)]
     )
-
-# %% ../nbs/05_solvers.ipynb #7be31da2
-@register(
-    "dpmpp_sde", order=2, stochastic=True, source="Lu 2022 (DPM-Solver++), as in k-diffusion"
-)
-def dpmpp_sde(
-    denoise: Callable,
-    x: Float[Tensor, "b *d"],
-    sigmas: Float[Tensor, " n"],
-    *,
-    noise=None,
-    generator=None,
-    start="ramp",
-    eta: float = 1.0,
-    r: float = 0.5,
-) -> Iterator[Step]:
-    """`dpmpp_2s` whose both stages are ancestral: noise on the way to the middle (at a part r of
-    the step in lambda), and noise on the whole step. Arguments as in `ddim`."""
-    ask, noise = counted(denoise), noise or normal_noise(x, generator)
-    for i, sigma, lower in walk(sigmas):
-        x0 = guess = ask(x, sigma)
-        if lower > 0:
-            middle = sigma * math.exp(-r * log_step(sigma, lower))
-            keep, new = ancestral_split(sigma, middle, eta)
-            there = euler_step(x, x0, sigma, keep)
-            if new > 0:
-                there = there + new * noise(x, sigma, middle)
-            guess = x0 + (ask(there, middle) - x0) / (2 * r)
-        keep, new = ancestral_split(sigma, lower, eta)
-        x = euler_step(x, guess, sigma, keep)
-        if new > 0:
-            x = x + new * noise(x, sigma, lower)
-        yield Step(i, lower, x, x0, ask.calls)
 
 # %% ../nbs/05_solvers.ipynb #6740b02b
 def taylor(points: list[tuple[float, Tensor]]) -> list[Tensor]:
@@ -453,7 +417,10 @@ ADAMS = {
 
 
 @register(
-    "pndm", order=2, stochastic=False, source="Liu 2022 (PNDM), PLMS without its Runge-Kutta warm-up"
+    "pndm",
+    order=2,
+    stochastic=False,
+    source="Liu 2022 (PNDM), PLMS without its Runge-Kutta warm-up",
 )
 def pndm(
     denoise: Callable,
@@ -509,9 +476,7 @@ def unipc(
         now = (-math.log(sigma), x0)
         if corrector and before:
             base, h_base, p = before
-            x = exponential_step(
-                base, h_base, halfway(h_base, taylor([past[0], now, *past[1:p]]))
-            )
+            x = exponential_step(base, h_base, halfway(h_base, taylor([past[0], now, *past[1:p]])))
         past = [now, *past[: order - 1]]
         p = usable_order(order, i, path, lower_final)
         before = (x, h, p) if i >= early else None
@@ -519,6 +484,37 @@ def unipc(
             x = runge_kutta_step(ask, x, x0, sigma, lower, order)
         else:
             x = exponential_step(x, h, halfway(h, taylor(past[:p])))
+        yield Step(i, lower, x, x0, ask.calls)
+
+# %% ../nbs/05_solvers.ipynb #7be31da2
+@register("dpmpp_sde", order=2, stochastic=True, source="Lu 2022 (DPM-Solver++), as in k-diffusion")
+def dpmpp_sde(
+    denoise: Callable,
+    x: Float[Tensor, "b *d"],
+    sigmas: Float[Tensor, " n"],
+    *,
+    noise=None,
+    generator=None,
+    start="ramp",
+    eta: float = 1.0,
+    r: float = 0.5,
+) -> Iterator[Step]:
+    """`dpmpp_2s` whose both stages are ancestral: noise on the way to the middle (at a part r of
+    the step in lambda), and noise on the whole step. Arguments as in `ddim`."""
+    ask, noise = counted(denoise), noise or normal_noise(x, generator)
+    for i, sigma, lower in walk(sigmas):
+        x0 = guess = ask(x, sigma)
+        if lower > 0:
+            middle = sigma * math.exp(-r * log_step(sigma, lower))
+            keep, new = ancestral_split(sigma, middle, eta)
+            there = euler_step(x, x0, sigma, keep)
+            if new > 0:
+                there = there + new * noise(x, sigma, middle)
+            guess = x0 + (ask(there, middle) - x0) / (2 * r)
+        keep, new = ancestral_split(sigma, lower, eta)
+        x = euler_step(x, guess, sigma, keep)
+        if new > 0:
+            x = x + new * noise(x, sigma, lower)
         yield Step(i, lower, x, x0, ask.calls)
 
 # %% ../nbs/05_solvers.ipynb #b02f3091
@@ -579,7 +575,9 @@ def beta_sigmas(
     j = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
     part = (wanted - mass[j - 1]) / (mass[j] - mass[j - 1])
     u = torch.lerp(angle[j - 1], angle[j], part).sin() ** 2
-    t_min, t_max = (process.time(torch.tensor(s, dtype=torch.float64)) for s in (sigma_min, sigma_max))
+    t_min, t_max = (
+        process.time(torch.tensor(s, dtype=torch.float64)) for s in (sigma_min, sigma_max)
+    )
     return with_zero(process.noise_level(t_min + u * (t_max - t_min)))
 
 
@@ -609,7 +607,7 @@ def optimised_sigmas(
     rounds: int = 8,
 ) -> Float[Tensor, " n"]:
     """The grid `sigmas` with its inner levels moved, one at a time and where that helps, so
-    that `sampler` takes x (at sigmas[0]) nearest to `truth` (mean distance). The ends stay; float64."""
+    that `sampler` takes x (at sigmas[0]) nearest to `truth` on average. The ends stay."""
     logs = [math.log(s) for s in check_sigmas(sigmas) if s > 0]
     tail = check_sigmas(sigmas)[len(logs) :]
     miss = lambda trial: (  # noqa: E731
@@ -623,7 +621,11 @@ def optimised_sigmas(
     for _ in range(rounds):
         for j in range(1, len(logs) if tail else len(logs) - 1):
             for way in (-1, 1):
-                gap = logs[j - 1] - logs[j] if way > 0 or j + 1 == len(logs) else logs[j] - logs[j + 1]
+                gap = (
+                    logs[j - 1] - logs[j]
+                    if way > 0 or j + 1 == len(logs)
+                    else logs[j] - logs[j + 1]
+                )
                 trial = [*logs[:j], logs[j] + way * reach * gap, *logs[j + 1 :]]
                 score = miss(trial)
                 if score < best:
