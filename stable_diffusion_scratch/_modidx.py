@@ -616,8 +616,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'stable_diffusion_scratch/score.py')},
             'stable_diffusion_scratch.solvers': { 'stable_diffusion_scratch.solvers.adaptive': ( 'solvers.html#adaptive',
                                                                                                  'stable_diffusion_scratch/solvers.py'),
-                                                  'stable_diffusion_scratch.solvers.ancestral_split': ( 'solvers.html#ancestral_split',
-                                                                                                        'stable_diffusion_scratch/solvers.py'),
                                                   'stable_diffusion_scratch.solvers.ays_sigmas': ( 'solvers.html#ays_sigmas',
                                                                                                    'stable_diffusion_scratch/solvers.py'),
                                                   'stable_diffusion_scratch.solvers.beta_sigmas': ( 'solvers.html#beta_sigmas',
