@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResBlock', 'Downsample', 'Upsample', 'timestep_embedding', 'EmbeddingMLP', 'attention', 'Attention', 'GEGLU',
            'TransformerBlock', 'SpatialTransformer', 'Cost', 'costs', 'rename', 'named_weights', 'load_weights',
-           'check_shape']
+           'check_shape', 'check_dtype', 'check_integers']
 
 # %% ../nbs/07_blocks.ipynb #5ffe1740
 import math
@@ -144,8 +144,8 @@ class Attention(nn.Module):
     """Multi-head attention with learned maps: x [b n c] looks at itself, or at `memory`, the keys
     and values that `read` made of a context (Vaswani 2017, section 3.2.2).
 
-    `context_channels` None: self-attention. `bias`: biases on q, k, v too. Channels that heads do
-    not divide are a ValueError."""
+    `context_channels` None: self-attention. `bias`: biases on q, k, v too. `causal`: place i looks
+    at places 0 ... i only, as in a text. Channels that heads do not divide are a ValueError."""
 
     def __init__(
         self, channels: int, heads: int, context_channels: int | None = None, bias: bool = False
@@ -167,10 +167,13 @@ class Attention(nn.Module):
         return self.k(context), self.v(context)
 
     def forward(
-        self, x: Float[Tensor, "b n c"], memory: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: tuple[Tensor, Tensor] | None = None,
+        causal: bool = False,
     ) -> Float[Tensor, "b n c"]:
         k, v = self.read(x) if memory is None else memory
-        return self.out(attention(self.q(x), k, v, self.heads))
+        return self.out(attention(self.q(x), k, v, self.heads, causal))
 
 # %% ../nbs/07_blocks.ipynb #5c1df6cd
 class GEGLU(nn.Module):
@@ -359,7 +362,7 @@ def load_weights(
         assign=assign,
     )
 
-
+# %% ../nbs/07_blocks.ipynb #3d516f99
 def check_shape(what: str, x: Tensor, *shape: int | None) -> None:
     "A ValueError that names `what` unless x has this shape; None fits any size."
     if x.ndim != len(shape) or any(
@@ -369,3 +372,24 @@ def check_shape(what: str, x: Tensor, *shape: int | None) -> None:
             f"{what} should have shape [{' '.join('*' if s is None else str(s) for s in shape)}],"
             f" got {list(x.shape)}"
         )
+
+
+def check_dtype(what: str, x: Tensor, model: nn.Module) -> None:
+    """A ValueError that names `what` unless x has the dtype of the model's weights (under autocast:
+    any dtype of floating point)."""
+    dtype = next(model.parameters()).dtype
+    auto = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    if x.dtype != dtype and not auto:
+        raise ValueError(
+            f"{what} is {x.dtype}, the weights of {type(model).__name__} are {dtype};"
+            f" convert one of them, for example {what}.to({dtype})"
+        )
+
+
+def check_integers(config, least: int, *fields: str) -> None:
+    "A ValueError that names the first of these fields that is no integer, or is below `least`."
+    for field in fields:
+        value = getattr(config, field)
+        if type(value) is not int or value < least:
+            wanted = "a positive integer" if least == 1 else f"an integer, {least} or more"
+            raise ValueError(f"{type(config).__name__}.{field} must be {wanted}, got {value!r}")
