@@ -112,7 +112,9 @@ def study(names, seeds: range, steps: int, file: Path) -> None:
         for name in names:
             began = time.process_time()
             net, losses = train(name, seed, steps)
-            entry = found.setdefault(name, {"weights": sum(p.numel() for p in net.parameters()), "seeds": [], "scores": []})
+            entry = found.setdefault(
+                name, {"weights": sum(p.numel() for p in net.parameters()), "seeds": [], "scores": []}
+            )
             entry["seeds"].append(seed)
             entry["scores"].append({band: round(value, 5) for band, value in score(name, net).items()})
             entry["changed"], entry["hidden"] = VARIANTS[name]

@@ -347,7 +347,7 @@ class _Alive(TorchDispatchMode):
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes of tensors that call() has alive at once, those not counted that were there
-    before. Works on the meta device, where nothing is stored."""
+    before. Works on the meta device too (attention there is the one with the table)."""
     with _Alive() as alive:
         call()
     return alive.peak
@@ -456,8 +456,8 @@ def check_shape(what: str, x: Tensor, *shape: int | None) -> None:
 def check_dtype(what: str, x: Tensor, model: nn.Module) -> None:
     """A ValueError that names `what` unless x has the dtype of the model's weights (under autocast:
     any dtype of floating point)."""
-    dtype = next(model.parameters()).dtype
-    auto = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    dtype, kind = next(model.parameters()).dtype, x.device.type
+    auto = kind != "meta" and x.is_floating_point() and torch.is_autocast_enabled(kind)
     if x.dtype != dtype and not auto:
         raise ValueError(
             f"{what} is {x.dtype}, the weights of {type(model).__name__} are {dtype};"
