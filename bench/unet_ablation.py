@@ -5,7 +5,7 @@
 
 A variant differs from the base in one thing. All see the same pictures, noise and timesteps in the same order (the seed
 draws them, and the first weights). Judged are the averaged weights (Polyak 1992), by the error of the prediction on the
-297 held-out digits with noise that is the same for all, in three thirds of the timesteps. A quarter of an hour on one quiet core.
+297 held-out digits with noise that is the same for all, in three thirds of the timesteps. Half an hour on one core.
 """
 
 import argparse

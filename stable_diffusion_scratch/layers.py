@@ -378,7 +378,7 @@ def seconds(call: Callable[[], object], repeats: int = 7) -> float:
 
 @torch.no_grad()
 def measure_machine(size: int = 768, numbers: int = 16_000_000) -> Machine:
-    "This machine: the rate of a product of square matrices, and of doubling a long vector; float32."
+    "This machine, by a product of square matrices and by doubling a long vector; float32."
     a, big = torch.ones(size, size), torch.ones(numbers)
     twice = torch.empty_like(big)
     rate = 2 * size**3 / seconds(lambda: a @ a)
