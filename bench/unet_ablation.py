@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +109,6 @@ def study(names, seeds: range, steps: int, file: Path) -> None:
     found: dict = {}
     for seed in seeds:
         for name in names:
-            began = time.process_time()
             net, losses = train(name, seed, steps)
             entry = found.setdefault(
                 name, {"weights": sum(p.numel() for p in net.parameters()), "seeds": [], "scores": []}
@@ -118,7 +116,6 @@ def study(names, seeds: range, steps: int, file: Path) -> None:
             entry["seeds"].append(seed)
             entry["scores"].append({band: round(value, 5) for band, value in score(name, net).items()})
             entry["changed"], entry["hidden"] = VARIANTS[name]
-            entry["seconds a run"] = round(time.process_time() - began, 1)
             print(f"seed {seed} {name:32} {entry['weights']:9,} weights {entry['scores'][-1]}", flush=True)
         file.write_text(json.dumps(settings | {"variants": found}, indent=1) + "\n", encoding="utf-8")
 
