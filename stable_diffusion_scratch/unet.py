@@ -245,10 +245,8 @@ class UNet(nn.Module):
         self.added = EmbeddingMLP(told, wide) if config.pooled_channels else None
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
 
-        widths, scales = (
-            plan(config),
-            list(zip(config.channels, config.depth, config.heads, strict=True)),
-        )
+        widths = plan(config)
+        scales = list(zip(config.channels, config.depth, config.heads, strict=True))
         last, final = len(scales) - 1, (config.channels[-1], config.mid_depth, config.heads[-1])
         self.down = nn.ModuleList(
             Level(config, inputs, *scale, n, shrink=i < last)
