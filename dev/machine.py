@@ -106,6 +106,12 @@ def _git(*words: str) -> str:
 
 
 def bench(options: list[str]) -> int:
-    "Become bench/pipeline.py; `options` are passed on."
+    "Become bench/pipeline.py, or the measurement that the first word names (bench/NAME.py); the rest is passed on."
+    name, rest = "pipeline", options
+    if options and not options[0].startswith("-"):
+        name, *rest = options
+        names = sorted(path.stem for path in (ROOT / "bench").glob("*.py"))
+        if name not in names:
+            raise Problem(f"no measurement {name!r}; there are: {', '.join(names)}")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(ROOT / "bench" / "pipeline.py"), *options])
+    os.execv(sys.executable, [sys.executable, str(ROOT / "bench" / f"{name}.py"), *rest])

@@ -149,3 +149,55 @@ def test_costs_are_what_torch_counts():
         model.to("meta")(x.to("meta"), [(k.to("meta"), v.to("meta")) for k, v in memory])
     bill = layers.costs(model, x.to("meta"), [(k.to("meta"), v.to("meta")) for k, v in memory])
     assert sum(bill.values(), layers.Cost()).flops == counter.get_total_flops()
+
+
+def test_attention_that_is_causal():
+    ours, x = layers.Attention(16, 2), randn(1, 6, 16)
+    y = ours(x, causal=True)
+    for n in range(1, 7):  # what comes later changes nothing
+        assert relative(ours(x[:, :n], causal=True), y[:, :n]) < 1e-6
+    assert relative(ours(x), y) > 1e-2
+
+
+def test_costs_know_keywords_and_causal_attention():
+    ours, x = layers.Attention(16, 2, context_channels=8), torch.randn(2, 6, 16)
+    memory = ours.read(torch.randn(2, 5, 8))
+    named, plain = layers.costs(ours, x=x, memory=memory), layers.costs(ours, x, memory)
+    assert named == plain and plain[""].flops == 4 * 2 * 6 * 5 * 16
+    own = layers.Attention(16, 2)
+    assert layers.costs(own, x, causal=True)[""].flops == 4 * 2 * 6 * 6 * 16
+
+
+def test_peak_bytes_counts_what_is_alive_at_once():
+    x = torch.ones(1000)
+    assert layers.peak_bytes(lambda: x.view(10, 100).T) == 0  # views are nothing new
+    assert layers.peak_bytes(lambda: x * 2) == 4000
+    assert layers.peak_bytes(lambda: ((x * 2) * 2) * 2) == 8000  # one is freed before the next but one
+    assert layers.peak_bytes(lambda: [x * k for k in range(5)]) == 20000
+    assert layers.peak_bytes(lambda: x.add_(1)) == 0
+
+
+def test_a_machine_bounds_what_a_cost_can_reach():
+    machine = layers.Machine(flops=1e9, bandwidth=1e8)
+    assert machine.attainable(layers.Cost(flops=10**6, bytes=10)) == pytest.approx(1e9)
+    assert machine.attainable(layers.Cost(flops=100, bytes=100)) == pytest.approx(1e8)
+
+
+def test_a_wrong_dtype_is_named():
+    model = torch.nn.Linear(2, 2).half()
+    with pytest.raises(ValueError, match=r"latents is torch\.float32, the weights of Linear are torch\.float16"):
+        layers.check_dtype("latents", torch.ones(2), model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layers.check_dtype("latents", torch.ones(2), model)
+        with pytest.raises(ValueError, match="torch.int64"):
+            layers.check_dtype("latents", torch.ones(2, dtype=torch.int64), model)
+
+
+def test_a_field_that_is_no_integer_is_named():
+    class Config:
+        layers, depth = 2.0, -1
+
+    with pytest.raises(ValueError, match=r"Config\.layers must be a positive integer, got 2\.0"):
+        layers.check_integers(Config(), 1, "layers")
+    with pytest.raises(ValueError, match=r"Config\.depth must be an integer, 0 or more, got -1"):
+        layers.check_integers(Config(), 0, "depth")

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from parity import assert_same, relative, same_weights
+from parity import assert_same, redraw, relative, same_weights
 
+from stable_diffusion_scratch.layers import peak_bytes
 from stable_diffusion_scratch.unet import (
     DIFFUSERS_NAMES,
     Added,
@@ -15,6 +16,7 @@ from stable_diffusion_scratch.unet import (
     diffusers_weights,
     from_diffusers,
     load_diffusers,
+    plan,
     to_diffusers,
 )  # fmt: skip
 
@@ -240,3 +242,67 @@ def test_diffusers_opens_the_folder(tmp_path):
     back = UNet(from_diffusers(json.loads((tmp_path / "again" / "config.json").read_text())))
     load_diffusers(back, load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors"))
     assert all(torch.equal(w, ours.state_dict()[k]) for k, w in back.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["SD 1 style", "SDXL style", "scale and shift"])
+def test_checkpoints_change_no_gradient_and_save_memory(name):
+    ours = redraw(UNet(CASES[name]))
+    x, text, added = inputs(CASES[name])
+    weights, found = sum(p.nbytes for p in ours.parameters()), {}  # their gradients are needed in any case
+    for ours.checkpointing in (False, True):
+        ours.zero_grad()
+        peak = peak_bytes(lambda: ours(x, 500, text, added).square().mean().backward())
+        found[ours.checkpointing] = peak - weights, [p.grad for p in ours.parameters()]
+    assert found[True][0] < 0.8 * found[False][0]
+    for a, b in zip(found[True][1], found[False][1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+    with torch.no_grad():  # nothing to go back for: no checkpoints
+        assert ours(x, 500, text, added).grad_fn is None
+
+
+def test_memory_format_goes_through_and_changes_nothing():
+    ours = redraw(UNet(SD1))
+    x, text, _ = inputs(SD1)
+    with torch.no_grad():
+        plain = ours(x, 500, text)
+        last = ours.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), 500, text)
+    assert relative(last, plain) < 1e-5 and last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_bridges():
+    config = replace(SD1, bridges=False)
+    ours = redraw(UNet(config))
+    x, text, _ = inputs(config, size=(13, 10))
+    assert ours(x, 500, text).shape == x.shape
+    assert all(block.conv1.in_channels <= 64 for level in ours.up for block in level.res)
+    with pytest.raises(ValueError, match="UNetConfig.bridges must be True"):
+        to_diffusers(config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_is_built(name):
+    ours, widths = UNet(CASES[name]), plan(CASES[name])
+    arrive = [[block.conv1.in_channels for block in level.res] for level in ours.levels()]
+    assert arrive == [*widths.down, widths.mid, *widths.up]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("linear", 1), ("scale_shift", "yes"), ("bridges", None), ("depth", (1, -1, 0)), ("depth", (1, 1)),
+    ("channels", (32, 64, 65)), ("channels", ()), ("heads", (4, 4, 0)), ("mid_depth", 0.5), ("sample_size", "64"),
+    ("in_channels", 0), ("context_channels", -3), ("pooled_channels", -1),
+])  # fmt: skip
+def test_a_field_that_does_not_fit_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"UNetConfig\.{field}"):
+        replace(SD1, **{field: value})
+
+
+def test_a_wrong_dtype_is_named():
+    ours, (x, text, _) = UNet(SD1), inputs(SD1)
+    with pytest.raises(ValueError, match=r"x is torch\.float64, the weights of UNet are torch\.float32"):
+        ours(x.double(), 1, text)
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        ours(x.long(), 1, text)
+    with pytest.raises(ValueError, match=r"context is torch\.float16"):
+        ours(x, 1, text.half())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert ours(x, 1, text).isfinite().all()
