@@ -436,7 +436,11 @@ def test_all_steps_run_and_the_summary_names_the_failed(monkeypatch, capsys, tmp
     monkeypatch.setattr(check, "lint", lambda: [])
     (tmp_path / "pytest.xml").write_text('<a><testcase><skipped message="no Chromium on this machine"/></testcase></a>')
     assert check.main() == 0
-    assert "1 BROWSER CHECKS WERE NOT RUN" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 BROWSER CHECKS WERE NOT RUN" in said and "mutants" not in said
+    monkeypatch.setattr(check, "mutants", lambda: ["forward: nobody notices  f: a + b -> (a - b)"])
+    assert check.main(full=True) == 1
+    assert "[7/7] mutants" in capsys.readouterr().out
 
 
 def test_the_lock_is_exclusive(tmp_path, capsys):
