@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import signal
 import socket
 import threading
+import time
 import urllib.request
 
 import nbformat
@@ -325,6 +327,33 @@ def test_running_chapters(book, package, capsys):
     assert chapters.execute(good).cached
     executed = notebooks.read(chapters.executed_file(good))
     assert executed.cells[0].source == "new prose" and executed.cells[1].outputs
+
+
+@pytest.mark.daily
+def test_chapters_run_side_by_side_and_are_interrupted_together(book, package, monkeypatch, capsys):
+    for name in ("01_slow", "02_slow", "03_never"):
+        save(book, name, code(f"import time\ntime.sleep(600)  # {name}"))
+    copy = chapters.executed_file(book / "nbs" / "01_slow.ipynb")
+    notebooks.write_text("the last run", copy)
+    monkeypatch.setattr(chapters, "AT_ONCE", 2)
+    monkeypatch.setattr(chapters.os, "cpu_count", lambda: 8)
+    seen = []
+
+    def interrupt():
+        while len(chapters.RUNNING) < 2:
+            time.sleep(0.05)
+        seen.extend(chapters.RUNNING)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            chapters.run_all(chapters.find())
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert len(seen) == 2 and all(child.poll() is not None for child in seen) and not chapters.RUNNING
+    assert copy.read_text() == "the last run" and capsys.readouterr().out == ""
 
 
 @pytest.mark.daily
