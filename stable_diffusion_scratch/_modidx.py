@@ -219,6 +219,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'stable_diffusion_scratch/forward.py'),
                                                   'stable_diffusion_scratch.forward.cosine_betas': ( 'forward.html#cosine_betas',
                                                                                                      'stable_diffusion_scratch/forward.py'),
+                                                  'stable_diffusion_scratch.forward.edm': ( 'forward.html#edm',
+                                                                                            'stable_diffusion_scratch/forward.py'),
                                                   'stable_diffusion_scratch.forward.flow': ( 'forward.html#flow',
                                                                                              'stable_diffusion_scratch/forward.py'),
                                                   'stable_diffusion_scratch.forward.linear_betas': ( 'forward.html#linear_betas',
