@@ -85,12 +85,14 @@ def train_digits(
     batch: int = 128,
     seed: int = 0,
     data: tuple[Float[Tensor, "n 1 8 8"], Int[Tensor, " n"]] | None = None,
+    weighting: str | None = None,
 ) -> tuple[DigitsNet, ForwardProcess, list[float]]:
     """Train a class-conditional network on the digits; about 12 s on two quiet cores. Returns
     the network, its process and the loss of every step.
 
     process: DDPM's table unless given. kind: what the network predicts (`denoisers.KINDS`).
-    data: pictures and labels, the 1,500 of `load_digits` unless given. AdamW with warm-up and
+    data: pictures and labels, the 1,500 of `load_digits` unless given. weighting: of the loss
+    (`denoisers.WEIGHTINGS`), plain squared error unless given. AdamW with warm-up and
     cosine decay; one label in ten is hidden."""
     process = process or DiscreteVP(linear_betas())
     pictures, labels = data or load_digits()
@@ -106,7 +108,9 @@ def train_digits(
         pick = torch.randint(len(pictures), (batch,), generator=generator)
         hide = torch.rand(batch, generator=generator) < 0.1
         label = labels[pick].masked_fill(hide, NO_CLASS)
-        loss = simple_loss(net, process, pictures[pick], label, kind, generator=generator).mean()
+        loss = simple_loss(
+            net, process, pictures[pick], label, kind, None, generator, weighting
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
