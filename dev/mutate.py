@@ -2,23 +2,17 @@
 
 `.venv/bin/python -m dev.mutate forward` judges one module; `book.py test --full` those of `MODULES`. A mutant has one
 change (see `dev/mutants.py`). The chapter judges first, its cells executed from the mutated definition on; who gets
-past it meets the module's quick tests; each in a fork of a process that has everything imported. Who survives both
-must be explained in `dev/equivalent_mutants.toml`. A check that notices no mutant of any function is given mutants of
-its own lines, to show that it could fail.
+past it meets the module's quick tests; each in a fork of a process that has everything imported (`dev/rerun.py`). Who
+survives both must be explained in `dev/equivalent_mutants.toml`. A check that notices no mutant of any function is
+given mutants of its own lines, to show that it could fail.
 
 Our own because mutmut and cosmic-ray run a test command on mutated files: neither can execute a notebook from the
 mutated cell on, nor say which labelled result's check did the killing.
 """
 
 import argparse
-import ast
-import contextlib
 import hashlib
 import json
-import os
-import resource
-import select
-import signal
 import sys
 import time
 import tomllib
@@ -28,45 +22,14 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from dev import CACHE, PACKAGE, ROOT, Problem, chapters, equations, notebooks
+from dev import CACHE, PACKAGE, ROOT, Problem, chapters, notebooks, rerun
 from dev.mutants import mutants_of
+from dev.rerun import forked, label_of
 
 MODULES = ("forward", "score", "denoisers", "samplers", "solvers")  # those of Part I that exist
 EXPLAINED = ROOT / "dev" / "equivalent_mutants.toml"
 QUICK = "not daily and not slow and not full"
 CPU = 90  # seconds that a mutant may take: a chapter and the quick tests of a module take less
-
-
-def forked(work, cpu: float = 36_000, quiet: bool = True):
-    "What `work()` returns (as JSON) in a fork of this process, or a string that says why it returned nothing."
-    sys.stdout.flush()
-    ear, mouth = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(ear)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + 1, int(cpu) + 6))
-            if quiet:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-            with os.fdopen(mouth, "w") as pipe:
-                json.dump(work(), pipe)
-        except Exception as error:
-            if not quiet:
-                sys.excepthook(type(error), error, error.__traceback__)
-        finally:
-            os._exit(0)
-    os.close(mouth)
-    said, end = b"", time.monotonic() + 20 * cpu + 60  # who sleeps uses no CPU
-    try:
-        while select.select([ear], [], [], max(0.0, end - time.monotonic()))[0] and (more := os.read(ear, 1 << 20)):
-            said += more
-    finally:
-        os.close(ear)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return json.loads(said) if said else "ended or ran too long"
 
 
 # --- the chapter of a module -----------------------------------------------------------------------------------------
@@ -80,66 +43,13 @@ def chapter_of(module: str) -> Path:
     raise Problem(f"no chapter exports {module!r}")
 
 
-def label_of(cell: NotebookNode) -> str:
-    "The results that a cell checks, or ''."
-    return ", ".join(name for names, _ in equations.checks(NotebookNode(cells=[cell])) for name in names)
-
-
 def exported(cell: NotebookNode) -> bool:
     return any(line.startswith("export") for line in notebooks.directives(cell.source))
 
 
-def stub_figures() -> None:
-    "Render nothing that nobody sees, and write no file."
-    import matplotlib.pyplot as plt
-
-    from stable_diffusion_scratch import plotting
-
-    plt.Figure.savefig = lambda *args, **kwargs: None
-    plt.show = lambda *args, **kwargs: plt.close("all")
-    plotting.slider = plotting.save_gif = lambda *args, **kwargs: None
-
-
-class Chapter:
-    "A chapter being executed in this process, statement by statement."
-
-    def __init__(self, path: Path):
-        self.cells = [c for c in notebooks.code_cells(notebooks.read(path)) if notebooks.runs(c)]
-        self.name = chapters.name_of(path)
-        self.module = sys.modules["__main__"] = types.ModuleType("__main__")
-        self.module.display = lambda *args, **kwargs: None
-        os.chdir(path.parent)
-        stub_figures()
-
-    def run(self, source: str) -> list[str]:
-        "Execute a cell; the names of the exceptions that its statements raised ('AssertionError', ...)."
-        raised = []
-        for statement in ast.parse(notebooks.plain(source)).body:
-            try:
-                exec(compile(ast.Module([statement], []), "<cell>", "exec"), self.module.__dict__)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # pytest's own failures are no `Exception`s
-                raised.append(type(error).__name__)
-        return raised
-
-    def rest(self, first: int, source: str, thorough: bool) -> list[str]:
-        "Go on from cell `first`, changed to `source`: the checks that fail (the first alone unless `thorough`)."
-        noticed: list[str] = []
-        for i, cell in enumerate(self.cells[first:], first):
-            raised = self.run(source if i == first else cell.source)
-            if "AssertionError" in raised:
-                noticed.append(label_of(cell) or "another assertion")
-            elif raised and not noticed:
-                noticed.append(f"error: {raised[0]}")
-            if noticed and (noticed[0].startswith("error") or not thorough):
-                break
-        return noticed
-
-
 def judge_by_chapter(module: str, thorough: bool) -> dict:
     "All mutants of the module and who noticed them, and what each check notices; for a process of its own."
-    chapter, reasons, found, own = Chapter(chapter_of(module)), explained(module), [], {}
+    chapter, reasons, found, own = rerun.Chapter(chapter_of(module)), explained(module), [], {}
     for i, cell in enumerate(chapter.cells):
         source, label = notebooks.plain(cell.source), label_of(cell)
         if exported(cell):

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from dev import chapters, mutate
+from dev import chapters, mutate, rerun
 from dev.mutants import mutants_of
 
 SOURCE = """
@@ -84,7 +84,7 @@ def small(tmp_path, monkeypatch):
                             "PACKAGE": "small_package", "EXPLAINED": tmp_path / "equivalent.toml"}.items():  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(mutate, "stub_figures", lambda: None)
+    monkeypatch.setattr(rerun, "stub_figures", lambda: None)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -120,6 +120,6 @@ def test_a_fork_that_never_answers():
         while True:
             pass
 
-    assert isinstance(mutate.forked(forever, cpu=0.1), str)
-    assert isinstance(mutate.forked(lambda: 1 / 0), str)
-    assert mutate.forked(lambda: {"a": [1]}) == {"a": [1]}
+    assert isinstance(rerun.forked(forever, cpu=0.1), str)
+    assert isinstance(rerun.forked(lambda: 1 / 0), str)
+    assert rerun.forked(lambda: {"a": [1]}) == {"a": [1]}
