@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from stable_diffusion_scratch.denoisers import WEIGHTINGS, EDMDenoiser, grid_decoder, loss_weight, sample_times
+from stable_diffusion_scratch.denoisers import (
+    WEIGHTINGS,
+    EDMDenoiser,
+    grid_decoder,
+    loss_weight,
+    prediction_target,
+    sample_times,
+)
 from stable_diffusion_scratch.forward import DiscreteVP, vp_linear
 
 double = {"dtype": torch.float64}
@@ -61,3 +68,11 @@ def test_random_times_cover_the_process_and_no_more():
     assert set(table.tolist()) == {0.0, 1.0, 2.0, 3.0}
     anywhere = sample_times(vp_linear(), 4000, generator)
     assert 0 <= anywhere.min() < 0.01 and 0.99 < anywhere.max() <= 1 and abs(anywhere.mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "flow", "score"])
+def test_targets_are_finite_where_no_signal_is_left(kind):
+    x0, noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), **double)
+    target = prediction_target(kind, x0, noise, torch.tensor(0.0, **double), torch.tensor(1.0, **double))
+    wanted = {"eps": noise, "x0": x0, "v": -x0, "flow": noise - x0, "score": -noise}
+    assert target.tolist() == pytest.approx(wanted[kind].tolist())

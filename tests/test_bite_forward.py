@@ -26,3 +26,9 @@ def test_short_tables_are_chains_too(steps):
 def test_a_table_ends_where_it_ends():
     process = DiscreteVP(torch.tensor([0.1, 0.2, 0.3], **double))
     assert process.noise_level(2.0) == process.noise_level(5.0) and process.noise_level(-1.0) == process.noise_level(0)
+
+
+def test_edm_is_karras_unless_told_otherwise():
+    process = forward.edm()
+    assert process.sigma(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.002, 80.0])
+    assert process.sigma(0.25).item() == pytest.approx((0.75 * 0.002 ** (1 / 7) + 0.25 * 80 ** (1 / 7)) ** 7)
