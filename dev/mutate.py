@@ -94,12 +94,14 @@ def passes_tests(module: str, source: str) -> bool:
     setattr(package, module, stand_in)
     exec(compile(source, f"<{name}, mutated>", "exec"), stand_in.__dict__)
     options = ["-x", "--tb=no", "-p", "no:cacheprovider", "-m", QUICK]
-    return pytest.main([*options, *map(str, tests_of(module))]) == 0
+    tests = [str(path) for path in tests_of(module)]
+    return not tests or pytest.main([*options, *tests]) == 0
 
 
 def judge_by_tests(module: str, mutants: list[dict]) -> None:
     "Add to each mutant whether the module's quick tests notice it."
     source = (ROOT / PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    source = source.replace("\nfrom .", f"\nfrom {PACKAGE}.")
     if forked(lambda: passes_tests(module, source), CPU) is not True:
         raise Problem(f"{module}: its tests fail without any mutation; run: .venv/bin/python -m pytest tests")
     for mutant in mutants:
@@ -111,9 +113,9 @@ def judge_by_tests(module: str, mutants: list[dict]) -> None:
 
 
 def as_exported(cell: str) -> str:
-    "A cell's code as nbdev writes it into the module."
+    "A cell's code as nbdev writes it into the module, but for relative imports."
     lines = [line for line in cell.splitlines() if not line.startswith("#|")]
-    return "\n".join(lines).strip().replace(f"from {PACKAGE}.", "from .")
+    return "\n".join(lines).strip()
 
 
 # --- a module, and all of them ---------------------------------------------------------------------------------------
