@@ -6,6 +6,7 @@ import torch
 from stable_diffusion_scratch.denoisers import (
     WEIGHTINGS,
     EDMDenoiser,
+    bits_per_dim,
     grid_decoder,
     loss_weight,
     prediction_target,
@@ -76,3 +77,9 @@ def test_targets_are_finite_where_no_signal_is_left(kind):
     target = prediction_target(kind, x0, noise, torch.tensor(0.0, **double), torch.tensor(1.0, **double))
     wanted = {"eps": noise, "x0": x0, "v": -x0, "flow": noise - x0, "score": -noise}
     assert target.tolist() == pytest.approx(wanted[kind].tolist())
+
+
+def test_bits_per_dim_of_one_picture():
+    assert bits_per_dim(torch.tensor(8.0, **double), torch.zeros(1, 2, 2)).item() == pytest.approx(
+        2 / 0.6931471805599453
+    )

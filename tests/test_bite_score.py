@@ -52,6 +52,7 @@ def test_divergence_of_a_linear_field_is_its_trace():
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), **double)
     value, spread = divergence(linear, x)
     assert_close(value, linear(x)), assert_close(spread, torch.full((3,), 2.5, **double))
+    assert divergence(linear, x[:1])[1].tolist() == pytest.approx([2.5])  # one sample is a batch, too
     probes = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], **double)[:, None].expand(3, 3, 2)
     by_hand = (2 * (A.sum()) + (A[0, 0] + A[1, 1] - A[0, 1] - A[1, 0])) / 3  # e . A e, averaged over the probes
     assert_close(divergence(linear, x, probes)[1], by_hand.expand(3))
