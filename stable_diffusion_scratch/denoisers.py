@@ -283,7 +283,7 @@ def ideal_denoiser(
 
     def denoise(x, sigma, context=None):
         y = x.flatten(1).double()  # [b d]
-        variance = torch.as_tensor(sigma, device=x.device).double().clamp(min=1e-12) ** 2
+        level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).clamp(min=1e-12)
         distance2 = torch.cdist(y, points, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         if context is not None:
             other = context[:, None] != labels  # [b n]
@@ -291,7 +291,7 @@ def ideal_denoiser(
                 raise ValueError(f"no picture has label {context[other.all(1)][0].item()}")
             distance2 = distance2.masked_fill(other, torch.inf)
         nearer = distance2 - distance2.amin(1, keepdim=True)  # [b n]  0 for the nearest
-        share = (-nearer / (2 * per_sample(variance, y))).softmax(1)
+        share = (-nearer / (2 * per_sample(level, y) ** 2)).softmax(1)
         return (share @ points).reshape(x.shape).to(x)
 
     return denoise
