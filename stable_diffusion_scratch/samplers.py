@@ -57,7 +57,7 @@ def register(*names: str, order: int, stochastic: bool, source: str) -> Callable
 
     return add
 
-# %% ../nbs/04_ddim.ipynb #1bb97d39
+# %% ../nbs/04_ddim.ipynb #4811dfcd
 def last(steps: Iterator[Step]) -> Step:
     "Run a sampler to its end and return the last step."
     step = None
@@ -67,7 +67,7 @@ def last(steps: Iterator[Step]) -> Step:
         raise ValueError("the sampler made no step")
     return step
 
-
+# %% ../nbs/04_ddim.ipynb #1bb97d39
 def check_sigmas(sigmas: Float[Tensor, " n"]) -> list[float]:
     """The noise levels as numbers; ValueError unless they are at least two, finite, strictly
     decreasing, and positive but for a last 0."""
@@ -171,7 +171,7 @@ def with_zero(sigmas: Float[Tensor, " n"]) -> Float[Tensor, " n+1"]:
     "The noise levels and a last 0: end at the clean picture."
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-# %% ../nbs/04_ddim.ipynb #a11ba87d
+# %% ../nbs/04_ddim.ipynb #04988473
 def karras_sigmas(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0
 ) -> Float[Tensor, " n+1"]:
@@ -181,7 +181,7 @@ def karras_sigmas(
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return with_zero((top + u * (bottom - top)) ** rho)
 
-
+# %% ../nbs/04_ddim.ipynb #a11ba87d
 def exponential_sigmas(n: int, sigma_min: float, sigma_max: float) -> Float[Tensor, " n+1"]:
     "n noise levels from sigma_max to sigma_min with a constant ratio, then 0; float64."
     u = torch.linspace(0, 1, n, dtype=torch.float64)
