@@ -57,14 +57,18 @@ def label_of(cell: NotebookNode) -> str:
 
 
 def stub_figures() -> None:
-    "Render nothing that nobody sees, and write no file."
+    "Render nothing that nobody sees, write no file, and show no progress; sliders are widgets with empty pictures."
+    os.environ["TQDM_DISABLE"] = "1"
     import matplotlib.pyplot as plt
 
     from stable_diffusion_scratch import plotting
 
     plt.Figure.savefig = lambda *args, **kwargs: None
     plt.show = lambda *args, **kwargs: plt.close("all")
-    plotting.slider = plotting.save_gif = lambda *args, **kwargs: None
+    slider = plotting.slider
+    plotting.to_png = lambda *args, **kwargs: b""
+    plotting.slider = lambda draw, *args, **kwargs: slider(lambda value: None, *args, **kwargs)
+    plotting.save_gif = lambda *args, **kwargs: None
 
 
 class Chapter:
