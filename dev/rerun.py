@@ -57,8 +57,7 @@ def label_of(cell: NotebookNode) -> str:
 
 
 def stub_figures() -> None:
-    "Render nothing that nobody sees, write no file, and show no progress; sliders are widgets with empty pictures."
-    os.environ["TQDM_DISABLE"] = "1"
+    "Render nothing that nobody sees, and write no file; sliders are widgets with empty pictures."
     import matplotlib.pyplot as plt
 
     from stable_diffusion_scratch import plotting
