@@ -10,10 +10,12 @@ import hashlib
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +28,8 @@ from dev import CACHE, NBS, PACKAGE, ROOT, Problem, notebooks
 EXECUTED = CACHE / "executed"
 RUNS = CACHE / "runs"
 LIBRARIES = ("torch", "numpy", "matplotlib", "scikit-learn", "ipywidgets", "einops", "jaxtyping")
+AT_ONCE = 4  # chapters at most; each takes a core and up to a gigabyte
+RUNNING: set[subprocess.Popen] = set()  # their processes
 NAMED = re.compile(rf"\b{PACKAGE}\.(\w+)")
 
 
@@ -136,8 +140,9 @@ def executed_file(path: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    "A kernel's environment: this environment's kernel, no habits of the user's own, no spinning threads."
+    "A kernel's environment: this environment's kernel, no habits of the user's own, one thread that does not spin."
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0"}
+    quiet |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the same sums on every machine; and two run at once
     return {**os.environ, **quiet, "IPYTHONDIR": str(CACHE / "ipython"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
@@ -145,18 +150,33 @@ def _process(path: Path, out: Path) -> str | None:
     "Execute in a process of its own; None or the failure."
     command = [sys.executable, "-m", "dev.execute", str(path), str(out)]
     child = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True)
+    RUNNING.add(child)
     try:
         _, errors = child.communicate()
-    except BaseException:  # Ctrl-C: give the kernel a moment to end, then end it
-        child.terminate()
-        try:
-            child.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            child.kill()
+    except BaseException:  # Ctrl-C, where the chapter runs in the main thread
+        _end([child])
         raise
+    finally:
+        ended = child not in RUNNING
+        RUNNING.discard(child)
+    if ended or child.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt
     if child.returncode:
         return errors.rstrip() or f"  the process ended with code {child.returncode}"
     return None
+
+
+def _end(children: Iterable[subprocess.Popen]) -> None:
+    "Give each kernel a moment to end, then end it."
+    children = list(children)
+    for child in children:
+        RUNNING.discard(child)
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
 def execute(path: Path, fresh: bool = False) -> Run:
@@ -188,17 +208,21 @@ def _forget_older(kept: Path) -> None:
 
 
 def run_all(paths: list[Path], fresh: bool = False, after=None) -> list[Run]:
-    "Execute `paths` one after the other with a line of progress for each; `after(run)` is called after each."
-    runs = []
-    width = max((len(name_of(p)) for p in paths), default=0)
-    for number, path in enumerate(paths, 1):
-        print(f"  [{number:>{len(str(len(paths)))}}/{len(paths)}] {name_of(path):<{width}} ", end="", flush=True)
-        run = execute(path, fresh)
-        state = "failed" if run.failure else "unchanged, from the cache" if run.cached else "executed"
-        print(f"{run.seconds:7.1f} s  {state}", flush=True)
-        if run.failure:
-            print(run.failure, flush=True)
-        runs.append(run)
-        if after:
-            after(run)
-    return runs
+    """Execute `paths`, as many at once as there are cores (four at most), with a line for each when it is done;
+    `after(run)` is called after each. The runs come back in the order of `paths`."""
+    width, digits = max((len(name_of(p)) for p in paths), default=0), len(str(len(paths)))
+    with ThreadPoolExecutor(max(1, min(AT_ONCE, os.cpu_count() or 1))) as pool:
+        waiting = [pool.submit(execute, path, fresh) for path in paths]
+        try:
+            for number, done in enumerate(as_completed(waiting), 1):
+                run = done.result()
+                state = "failed" if run.failure else "unchanged, from the cache" if run.cached else "executed"
+                line = f"  [{number:>{digits}}/{len(paths)}] {run.name:<{width}} {run.seconds:7.1f} s  {state}"
+                print(line + (f"\n{run.failure}" if run.failure else ""), flush=True)
+                if after:
+                    after(run)
+        except BaseException:  # Ctrl-C: none begins any more, those that run end
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end(RUNNING)
+            raise
+    return [done.result() for done in waiting]

@@ -2,7 +2,7 @@
 
 --fast   lint, notebooks in step, chapters that changed, quick tests
 (plain)  all chapters and solutions (unchanged ones from the cache), tests, the site and its links
---full   also the tests marked `slow` or `full`
+--full   also the tests marked `slow` or `full`, and the mutants of Part I
 """
 
 import hashlib
@@ -72,6 +72,12 @@ def pytest(depth: str) -> list[str]:
     REPORT.unlink(missing_ok=True)
     code = subprocess.run(command, cwd=ROOT).returncode
     return [f"pytest ended with exit code {code} (above)"] if code else []
+
+
+def mutants() -> list[str]:
+    from dev import mutate
+
+    return mutate.check()
 
 
 def build_site() -> list[str]:
@@ -151,6 +157,8 @@ def main(fast: bool = False, full: bool = False) -> int:
     if not fast:
         steps.append(("site and its links", build_site))
     steps.append(("pytest", lambda: pytest(depth)))
+    if full:
+        steps.append(("mutants", mutants))
     results = [step(title, f"{i}/{len(steps)}", run) for i, (title, run) in enumerate(steps, 1)]
     warn_about_browser(depth)
     return summary(results)

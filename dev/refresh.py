@@ -24,7 +24,8 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 # what differs between two runs and says nothing: hex ids, addresses, matplotlib's SVG ids and dates
 VOLATILE = re.compile(
-    r"\b[0-9a-f]{32}\b|\b[mpc][0-9a-f]{10}\b|\bat 0x[0-9a-f]+|<dc:date>[^<]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    r"(?<![^\W_])[0-9a-f]{32}(?![^\W_])|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    r"|\b[mpc][0-9a-f]{10}\b|\bat 0x[0-9a-f]+|<dc:date>[^<]*"
 )
 
 
@@ -85,11 +86,12 @@ def _order(state: dict, nb: NotebookNode) -> list[str]:
     views = [o.data.get(WIDGET_VIEW) for c in notebooks.code_cells(nb) for o in c.outputs if "data" in o]
     _walk([view["model_id"] for view in views if view], state, order)
 
-    def content(model: str) -> str:
-        said = json.dumps(state[model], sort_keys=True)
-        return VOLATILE.sub(lambda m: f"<{order.get(m[0], '')}>", said)
+    def content(model: str) -> tuple[int, str]:
+        said = VOLATILE.sub(lambda m: f"<{order.get(m[0], '')}>", json.dumps(state[model], sort_keys=True))
+        return said.count("<>"), said
 
-    _walk(sorted(state.keys() - order, key=content), state, order)
+    while rest := state.keys() - order:  # those first whose references are all numbered
+        _walk([min(rest, key=content)], state, order)
     return list(order)
 
 
@@ -122,6 +124,8 @@ def _calm(text: str) -> str:
 def _same_data(kind: str, old, new) -> bool:
     if kind == "image/png":
         return same_picture(old, new)
+    if kind == WIDGET_VIEW:  # its id is a name in the notebook's widget state
+        return old == new
     return _calm(json.dumps(old, sort_keys=True)) == _calm(json.dumps(new, sort_keys=True))
 
 
@@ -155,13 +159,17 @@ def store(old: NotebookNode, executed: NotebookNode, name: str) -> tuple[Noteboo
             changed += not kept
         changed += max(0, len(before.outputs) - len(outputs))
         after.outputs = outputs
-    if _metadata_calm(old) == _metadata_calm(result) and "widgets" in old.metadata:
+    if _same_widgets(old, result):
         result.metadata.widgets = old.metadata.widgets
     return result, changed
 
 
-def _metadata_calm(nb: NotebookNode) -> str:
-    return _calm(json.dumps(nb.metadata.get("widgets"), sort_keys=True))
+def _same_widgets(old: NotebookNode, new: NotebookNode) -> bool:
+    "Whether both hold the same widget models under the same ids, up to what changes from run to run inside them."
+    states = [nb.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state") for nb in (old, new)]
+    if not all(states) or states[0].keys() != states[1].keys():
+        return False
+    return len({_calm(json.dumps(nb.metadata.widgets, sort_keys=True)) for nb in (old, new)}) == 1
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

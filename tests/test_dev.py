@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import signal
 import socket
 import threading
+import time
 import urllib.request
 
 import nbformat
@@ -213,6 +215,53 @@ def test_widget_ids_do_not_change_from_run_to_run():
     assert view in first.metadata.widgets[refresh.WIDGET_STATE]["state"]
 
 
+def with_links(tag, links):
+    "`widgets(tag)` with `links` more links, from its slider to labels 0, 1, ..., whose ids sort by `tag`."
+    nb = widgets(tag)
+    state = nb.metadata.widgets[refresh.WIDGET_STATE]["state"]
+    slider = next(id for id in state if state[id]["model_name"] == "Slider")
+    for i in range(links):
+        label, link = (f"{i if tag < '5' else 9 - i}{kind}{tag}".ljust(32, tag) for kind in "fa")
+        state[label] = nbformat.from_dict({"model_name": "Label", "state": {"value": f"label {i}"}})
+        ends = {"source": [f"IPY_MODEL_{slider}", "value"], "target": [f"IPY_MODEL_{label}", "value"]}
+        state[link] = nbformat.from_dict({"model_name": "Link", "state": ends})
+    return nb
+
+
+def test_links_between_widgets_are_numbered_by_what_they_join():
+    first, second = with_links("0", 4), with_links("9", 4)
+    for nb in (first, second):
+        refresh.number_widgets(nb, "01_first")
+    assert first.metadata.widgets == second.metadata.widgets
+
+
+def shown_model(nb, cell):
+    view = nb.cells[cell].outputs[0].data[refresh.WIDGET_VIEW]["model_id"]
+    return nb.metadata.widgets[refresh.WIDGET_STATE]["state"][view]
+
+
+def test_a_stored_view_shows_its_own_widget_after_another_came_before_it():
+    "A new widget above moves every number: views and state must move together."
+    old, _ = refresh.store(widgets("0"), widgets("0"), "01_first")
+    source = code("more", shown(text_plain="Label()"))
+    source.outputs[0].data[refresh.WIDGET_VIEW] = {"model_id": "8" * 32, "version_major": 2}
+    executed = widgets("9")
+    executed.cells.insert(0, source)
+    state = executed.metadata.widgets[refresh.WIDGET_STATE]["state"]
+    state["8" * 32] = nbformat.from_dict({"model_name": "Label", "state": {"value": "first"}})
+    old.cells.insert(0, code("more"))
+    new, _ = refresh.store(old, executed, "01_first")
+    assert shown_model(new, 0)["state"]["value"] == "first" and shown_model(new, 1)["model_name"] == "VBox"
+    again, changed = refresh.store(new, executed, "01_first")
+    assert changed == 0 and again == new
+
+
+def test_a_view_of_an_older_numbering_gets_the_id_that_the_state_has():
+    "The stored notebook's ids were made otherwise (by hand, by JupyterLab): the outputs say the same, and yet."
+    new, _ = refresh.store(widgets("0"), widgets("9"), "01_first")
+    assert shown_model(new, 0)["model_name"] == "VBox"
+
+
 def test_all_notebooks_together_have_a_limit(book, monkeypatch):
     save(book, "01_first", code("a = 1", printed("x" * 5000)))
     assert refresh.size_problem() is None
@@ -278,6 +327,33 @@ def test_running_chapters(book, package, capsys):
     assert chapters.execute(good).cached
     executed = notebooks.read(chapters.executed_file(good))
     assert executed.cells[0].source == "new prose" and executed.cells[1].outputs
+
+
+@pytest.mark.daily
+def test_chapters_run_side_by_side_and_are_interrupted_together(book, package, monkeypatch, capsys):
+    for name in ("01_slow", "02_slow", "03_never"):
+        save(book, name, code(f"import time\ntime.sleep(600)  # {name}"))
+    copy = chapters.executed_file(book / "nbs" / "01_slow.ipynb")
+    notebooks.write_text("the last run", copy)
+    monkeypatch.setattr(chapters, "AT_ONCE", 2)
+    monkeypatch.setattr(chapters.os, "cpu_count", lambda: 8)
+    seen = []
+
+    def interrupt():
+        while len(chapters.RUNNING) < 2:
+            time.sleep(0.05)
+        seen.extend(chapters.RUNNING)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            chapters.run_all(chapters.find())
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert len(seen) == 2 and all(child.poll() is not None for child in seen) and not chapters.RUNNING
+    assert copy.read_text() == "the last run" and capsys.readouterr().out == ""
 
 
 @pytest.mark.daily
@@ -389,7 +465,11 @@ def test_all_steps_run_and_the_summary_names_the_failed(monkeypatch, capsys, tmp
     monkeypatch.setattr(check, "lint", lambda: [])
     (tmp_path / "pytest.xml").write_text('<a><testcase><skipped message="no Chromium on this machine"/></testcase></a>')
     assert check.main() == 0
-    assert "1 BROWSER CHECKS WERE NOT RUN" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 BROWSER CHECKS WERE NOT RUN" in said and "mutants" not in said
+    monkeypatch.setattr(check, "mutants", lambda: ["forward: nobody notices  f: a + b -> (a - b)"])
+    assert check.main(full=True) == 1
+    assert "[7/7] mutants" in capsys.readouterr().out
 
 
 def test_the_lock_is_exclusive(tmp_path, capsys):
