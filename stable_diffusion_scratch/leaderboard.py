@@ -223,7 +223,7 @@ VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.funct
 @contextlib.contextmanager
 def stand_ins(package: str) -> Iterator[None]:
     """Inside, `package` is found without running its __init__, and torchvision is an empty module
-    where there is none. Afterwards both are gone from sys.modules, so that nobody else sees them."""
+    where there is none. Afterwards both are gone from sys.modules: nobody else sees them."""
     found = importlib.util.find_spec(package)
     if found is None:
         raise ModuleNotFoundError(f"no {package} here; see peers_requirements in settings.ini")

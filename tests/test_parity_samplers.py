@@ -14,7 +14,7 @@ from peers import CASES, DATA, GRIDS, START, noise_at, nth_noise
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from stable_diffusion_scratch import pipeline  # noqa: F401  (fills SAMPLERS)
+from stable_diffusion_scratch import leaderboard, pipeline  # noqa: F401  (the latter fills SAMPLERS)
 from stable_diffusion_scratch.denoisers import EpsDenoiser
 from stable_diffusion_scratch.forward import DiscreteVP, scaled_linear_betas
 from stable_diffusion_scratch.samplers import SAMPLERS, karras_sigmas, last, time_grid, with_zero
@@ -134,3 +134,34 @@ def test_the_same_numbers_as_diffusers(name, spacing, steps):
     x_t = walked(theirs, START)
     reached = PROCESS.to_ve(x_t, torch.tensor(0.0, **double)) if not to_zero else x_t
     assert_close(end, reached, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("EulerDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("UniPCMultistepScheduler", {}),
+    ],
+)
+@pytest.mark.parametrize("steps", [5, 20])
+def test_on_any_grid_a_scheduler_does_what_it_does_as_shipped(kind, options, steps):
+    "The leaderboard's way to give a scheduler a grid, on the grid that the scheduler would have taken by itself."
+    import diffusers
+
+    theirs = getattr(diffusers, kind)(**TABLE, timestep_spacing="trailing", **options)
+    theirs.set_timesteps(steps)
+    times = time_grid(steps)
+    sigmas = with_zero(PROCESS.noise_level(times))
+    x = PROCESS.to_ve(START, times[0])
+    own = leaderboard.from_diffusers(getattr(diffusers, kind), **{k: v for k, v in options.items() if "one" not in k})
+    scaled = x if kind[:4] in ("Eule", "Heun") else START
+    if scaled is x:  # they hold x in our frame, and ask the network for it scaled down
+        net = lambda y, t: eps_net(y, t.double())  # noqa: E731
+        for t in theirs.timesteps:
+            scaled = theirs.step(net(theirs.scale_model_input(scaled, t), t), t, scaled).prev_sample.double()
+    else:
+        scaled = walked(theirs, scaled)
+    assert_close(last(own(EpsDenoiser(eps_net, PROCESS), x, sigmas)).x, scaled, rtol=0, atol=2e-5)
