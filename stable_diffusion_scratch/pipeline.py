@@ -25,7 +25,7 @@ from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from . import text, unet, vae
+from . import solvers, text, unet, vae  # noqa: F401 (solvers fills SAMPLERS)
 from .denoisers import Denoiser
 from stable_diffusion_scratch.forward import (
     DiscreteVP,
