@@ -52,7 +52,7 @@ def ours(case: str, grid: str, **more) -> torch.Tensor:
 def test_the_same_numbers_as_k_diffusion(case, grid, theirs):
     mine, end = ours(case, grid), theirs.get(f"{case}, {grid}")
     if end is None or not end.isfinite().all():  # on purpose: where theirs fails, ours does not
-        assert "3m" in case and grid == "one step to 0" and mine.isfinite().all()
+        assert CASES[case][2].endswith("m_sde") and grid == "one step to 0" and mine.isfinite().all()
     else:
         assert_close(mine, end, rtol=0, atol=1e-9)
 
@@ -130,7 +130,8 @@ def test_the_same_numbers_as_diffusers(name, spacing, steps):
     if spacing == "trailing":
         assert torch.unique(theirs.timesteps).flip(0).tolist() == time_grid(steps).tolist()
     x = PROCESS.to_ve(START, theirs.timesteps[0].double())
-    end = last(SAMPLERS[name](EpsDenoiser(eps_net, PROCESS), x, sigmas)).x
+    more = {"lower_final": steps < 15} if name == "deis" else {}  # diffusers lowers the order at the end of short paths
+    end = last(SAMPLERS[name](EpsDenoiser(eps_net, PROCESS), x, sigmas, **more)).x
     x_t = walked(theirs, START)
     reached = PROCESS.to_ve(x_t, torch.tensor(0.0, **double)) if not to_zero else x_t
     assert_close(end, reached, rtol=0, atol=1e-5)
