@@ -12,6 +12,7 @@ __all__ = ['ADAMS', 'AYS', 'hybrid', 'walk', 'counted', 'edm', 'heun', 'euler_st
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,9 @@ def counted(denoise: Callable) -> Callable:
     return ask
 
 # %% ../nbs/05_solvers.ipynb #1cd149ab
-@register("edm", order=2, stochastic=True, source="Karras 2022, algorithm 2")
+@register(
+    "edm", order=2, stochastic=True, source="Karras 2022, algorithm 2"
+)
 def edm(
     denoise: Callable,
     x: Float[Tensor, "b *d"],
@@ -170,8 +173,8 @@ def exponential_step(
     x: Float[Tensor, "b *d"], h: float, derivatives: list[Tensor], eta: float = 0.0
 ) -> Float[Tensor, "b *d"]:
     """The exact solution of dx/dlambda = (1 + eta)(D - x) after a step h, for a denoiser that is
-    the polynomial D(lambda + v) = sum_k derivatives[k] v^k/k! along the path (Lu 2022, DPM-Solver++,
-    eq. 9). h may be infinite with one derivative."""
+    the polynomial D(lambda + v) = sum_k derivatives[k] v^k/k! along the path
+    (Hochbruck 2010). h may be infinite with one derivative."""
     rate = (1 + eta) * h
     x = math.exp(-rate) * x - math.expm1(-rate) * derivatives[0]
     for k, d in enumerate(derivatives[1:], 1):
@@ -222,7 +225,9 @@ def runge_kutta_step(
     )
 
 # %% ../nbs/05_solvers.ipynb #7be31da2
-@register("dpmpp_sde", order=2, stochastic=True, source="Lu 2022 (DPM-Solver++), as in k-diffusion")
+@register(
+    "dpmpp_sde", order=2, stochastic=True, source="Lu 2022 (DPM-Solver++), as in k-diffusion"
+)
 def dpmpp_sde(
     denoise: Callable,
     x: Float[Tensor, "b *d"],
@@ -265,7 +270,7 @@ def taylor(points: list[tuple[float, Tensor]]) -> list[Tensor]:
 
 
 def first_steps(start: str, needed: int) -> int:
-    "How many steps a one-step method makes before a multistep method begins; ValueError for an unknown start."
+    "How many one-step steps a multistep method makes first; ValueError for an unknown start."
     if start not in ("ramp", "rk"):
         raise ValueError(f"start = {start!r}: 'ramp' (lower orders first) or 'rk' (Runge-Kutta)")
     return needed if start == "rk" else 0
@@ -448,10 +453,7 @@ ADAMS = {
 
 
 @register(
-    "pndm",
-    order=2,
-    stochastic=False,
-    source="Liu 2022 (PNDM), PLMS without its Runge-Kutta warm-up",
+    "pndm", order=2, stochastic=False, source="Liu 2022 (PNDM), PLMS without its Runge-Kutta warm-up"
 )
 def pndm(
     denoise: Callable,
@@ -507,7 +509,9 @@ def unipc(
         now = (-math.log(sigma), x0)
         if corrector and before:
             base, h_base, p = before
-            x = exponential_step(base, h_base, halfway(h_base, taylor([past[0], now, *past[1:p]])))
+            x = exponential_step(
+                base, h_base, halfway(h_base, taylor([past[0], now, *past[1:p]]))
+            )
         past = [now, *past[: order - 1]]
         p = usable_order(order, i, path, lower_final)
         before = (x, h, p) if i >= early else None
@@ -555,15 +559,15 @@ def adaptive(
 
 # %% ../nbs/05_solvers.ipynb #955372f3
 def time_sigmas(n: int, sigma_min: float, sigma_max: float, process) -> Float[Tensor, " n+1"]:
-    "n noise levels evenly in the time t of a forward process, from sigma_max to sigma_min, then 0; float64."
+    "n noise levels evenly in a forward process's time, sigma_max to sigma_min, then 0; float64."
     return beta_sigmas(n, sigma_min, sigma_max, process, 1.0, 1.0)
 
 
 def beta_sigmas(
     n: int, sigma_min: float, sigma_max: float, process, a: float = 0.6, b: float = 0.6
 ) -> Float[Tensor, " n+1"]:
-    """n noise levels at times that are the quantiles of a Beta(a, b) distribution, from sigma_max to
-    sigma_min, then 0; float64 (Lee 2024). a = b = 1 is even in t; below 1 both ends get more.
+    """n noise levels at times that are quantiles of a Beta(a, b) distribution, from sigma_max
+    to sigma_min, then 0; float64 (Lee 2024). a = b = 1 is even in t; below 1 both ends get more.
     ValueError unless a and b are at least 1/2."""
     if min(a, b) < 0.5:
         raise ValueError(f"a = {a}, b = {b}: must be at least 0.5")
@@ -575,9 +579,7 @@ def beta_sigmas(
     j = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
     part = (wanted - mass[j - 1]) / (mass[j] - mass[j - 1])
     u = torch.lerp(angle[j - 1], angle[j], part).sin() ** 2
-    t_min, t_max = (
-        process.time(torch.tensor(s, dtype=torch.float64)) for s in (sigma_min, sigma_max)
-    )
+    t_min, t_max = (process.time(torch.tensor(s, dtype=torch.float64)) for s in (sigma_min, sigma_max))
     return with_zero(process.noise_level(t_min + u * (t_max - t_min)))
 
 
@@ -606,8 +608,8 @@ def optimised_sigmas(
     sigmas: Float[Tensor, " n"],
     rounds: int = 8,
 ) -> Float[Tensor, " n"]:
-    """The grid `sigmas` with its inner levels moved, one at a time and as long as that helps, so that
-    `sampler` takes x (at sigmas[0]) nearest to `truth` (mean distance). The ends stay; float64."""
+    """The grid `sigmas` with its inner levels moved, one at a time and where that helps, so
+    that `sampler` takes x (at sigmas[0]) nearest to `truth` (mean distance). The ends stay; float64."""
     logs = [math.log(s) for s in check_sigmas(sigmas) if s > 0]
     tail = check_sigmas(sigmas)[len(logs) :]
     miss = lambda trial: (  # noqa: E731
@@ -621,11 +623,7 @@ def optimised_sigmas(
     for _ in range(rounds):
         for j in range(1, len(logs) if tail else len(logs) - 1):
             for way in (-1, 1):
-                gap = (
-                    logs[j - 1] - logs[j]
-                    if way > 0 or j + 1 == len(logs)
-                    else logs[j] - logs[j + 1]
-                )
+                gap = logs[j - 1] - logs[j] if way > 0 or j + 1 == len(logs) else logs[j] - logs[j + 1]
                 trial = [*logs[:j], logs[j] + way * reach * gap, *logs[j + 1 :]]
                 score = miss(trial)
                 if score < best:
@@ -636,8 +634,8 @@ def optimised_sigmas(
 
 # %% ../nbs/05_solvers.ipynb #8ca1fdf5
 def hand_over(first: Callable, second: Callable, after: Callable | int) -> Callable:
-    """A sampler that walks `after` steps (a number, or a function of the number of steps) with `first`
-    and the rest with `second`."""
+    """A sampler that walks `after` steps (a number, or a function of the number of steps) with
+    `first` and the rest with `second`."""
 
     def sampler(denoise, x, sigmas, **options):
         path = walk(sigmas)
