@@ -654,4 +654,7 @@ def plot_board(results: Iterable[Result], axes, by: str = "median") -> None:
         top = best((r for r in results if r.library == library), by)
         axes.plot(list(top), [getattr(r, by) for r in top.values()], "o-", ms=3, label=library)
     axes.set(xscale="log", yscale="log", xlabel="calls of the denoiser", ylabel=f"{by} error")
+    ticks = sorted({r.budget for r in results})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
     axes.legend()
