@@ -214,7 +214,7 @@ def pinned(name):
 def required():
     "Names of the distributions that must be installed."
     cfg = settings()
-    keys = ["requirements"] + [f"{extra}_requirements" for extra in EXTRAS.split(",")]
+    keys = ["requirements"] + [f"{extra}_requirements" for extra in [*EXTRAS.split(","), "peers"]]
     names = [re.split(r"[<>=!~\[;]", word)[0] for key in keys for word in cfg[key].split()]
     return [cfg["lib_name"], *names]
 
@@ -407,11 +407,16 @@ def install_torch():
 
 
 def install():
-    "Everything the environment holds, into the virtual environment that is there."
+    """Everything the environment holds, into the virtual environment that is there. The peers come last, without what
+    they ask for: torchvision has no build that fits, and breaks whatever imports it."""
     install_torch()
     code, last = pip("the other packages", "-c", "constraints.txt", "-e", f".[{EXTRAS}]")
     if code:
         raise failure("installing the packages", last)
+    peers = settings()["peers_requirements"].split()
+    code, last = pip("libraries to compare with", "-c", "constraints.txt", "--no-deps", *peers)
+    if code:
+        raise failure("installing the libraries to compare with", last)
 
 
 def remove_environment():

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from stable_diffusion_scratch import captioner, cli, pipeline, recipe
+from stable_diffusion_scratch import captioner, cli, leaderboard, pipeline, recipe
 from stable_diffusion_scratch.pipeline import StableDiffusion
 from stable_diffusion_scratch.scenes import sample_scenes
 from stable_diffusion_scratch.vae import VAE, VAEConfig
@@ -76,13 +76,13 @@ def refused(words, capsys, code: int = 2) -> str:
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["generate", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "train", "evaluate", "bench"])
 def test_help_has_every_option_and_examples(command):
     found = CliRunner().invoke(cli.app, [command, "--help"])
     assert found.exit_code == 0 and f"sd-scratch {command}" in found.stdout.split("Examples:")[1]
-    function = {"generate": cli.generate, "train": cli.train, "evaluate": cli.evaluate}[command]
+    function = getattr(cli, command)
     for name in function.__wrapped__.__annotations__:
-        assert name == "prompt" or f"--{name.removesuffix('_file')}" in found.stdout
+        assert name in ("prompt", "what") or f"--{name.removesuffix('_file')}" in found.stdout
 
 
 def test_help_and_simple_mistakes_do_not_wait_for_torch(tmp_path):
@@ -90,14 +90,15 @@ def test_help_and_simple_mistakes_do_not_wait_for_torch(tmp_path):
         ["--help"], [], ["generate", "--help"], ["generate"], ["paint"], ["generate", " "],
         ["generate", "x", "--steps", "-1"], ["generate", "x", "-o", "no/such/folder/x.png"],
         ["generate", "x", "--model", "nowhere"], ["evaluate", "--steps", "0"], ["train", "--config", "nothing"],
+        ["bench"], ["bench", "solvers"], ["bench", "samplers", "--calls", "0"],
     ]  # fmt: skip
     program = (
         "import sys\nfrom stable_diffusion_scratch import cli\n"
-        f"codes = [cli.main(words) for words in {mistakes}]\nassert codes == [0, 0, 0] + 8 * [2], codes\n"
+        f"codes = [cli.main(words) for words in {mistakes}]\nassert codes == [0, 0, 0] + 11 * [2], codes\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 8, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 11, done.stderr
 
 
 # --- generate: what cannot be done -----------------------------------------------------------------------------------
@@ -406,3 +407,46 @@ def test_evaluation_mistakes_are_one_line(words, line, here, capsys):
 def test_without_a_judge_that_is_said(here, monkeypatch, model, capsys):
     monkeypatch.setattr(captioner, "JUDGE", here / "judge")
     assert "no judge in" in refused(["evaluate", "--model", model], capsys)
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_ranks_samplers_and_writes_its_lines(here, capsys):
+    words = ["--problem", "smooth", "--quick", "--sampler", "ddim", "--sampler", "ddpm", "--calls", "5", "--calls", "8"]
+    files = ["--csv", "board.csv", "--plot", "board.png"]
+    assert cli.main(["bench", "samplers", *words, "--grid", "karras", *files]) == 0
+    said = capsys.readouterr()
+    heads = [line for line in said.out.splitlines() if line.startswith("smooth, ")]
+    assert said.err == "" and names(here) == ["board.csv", "board.png"]
+    assert heads == [f"smooth, {n} calls, {kind}" for n in (5, 8) for kind in ("deterministic", "stochastic")]
+    lines = leaderboard.read_board("board.csv")
+    assert [(r.sampler, r.nfe) for r in lines] == [("ddim", 5), ("ddim", 8), ("ddpm", 5), ("ddpm", 8)]
+    with Image.open("board.png") as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["solver"], "what to compare: 'solver' is unknown; did you mean samplers?"),
+        (["samplers", "--calls", "0"], "--calls 0: must be 1 or more"),
+        (["samplers", "--top", "0"], "--top 0: must be 1 or more"),
+        (["samplers", "--problem", "smoth"], "--problem 'smoth' is unknown; did you mean smooth?"),
+        (["samplers", "--grid", "kar"], "--grid 'kar' is unknown; did you mean karras?"),
+        (["samplers", "--sampler", "dimm"], "--sampler 'dimm' is unknown; did you mean ddim?"),
+        (["samplers", "--csv", "board.txt"], "must end in .csv"),
+        (["samplers", "--csv", "no/board.csv"], "there is no folder no"),
+        (["samplers", "--plot", "board.gif"], "must end in .png or .pdf or .svg"),
+    ],
+)
+def test_bench_mistakes_are_one_line(words, line, here, capsys):
+    assert line in refused(["bench", *words], capsys)
+
+
+def test_bench_without_matplotlib_or_a_model(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "stable_diffusion_scratch[book]" in refused(["bench", "samplers", "--plot", "x.png"], capsys)
+    monkeypatch.setattr(pipeline, "BUNDLED", here / "nothing")
+    words = ["bench", "samplers", "--problem", "scenes", "--calls", "5"]
+    assert "there is no model in" in refused(words, capsys)
