@@ -37,7 +37,7 @@ from stable_diffusion_scratch.samplers import (
     time_grid,
     with_zero,
 )
-from .score import GaussianMixture
+from .score import GaussianMixture, sliced_wasserstein
 from .solvers import ays_sigmas, beta_sigmas, optimised_sigmas, time_sigmas
 from torch import Tensor
 
@@ -148,15 +148,11 @@ def miss(a: Float[Tensor, "n *d"], b: Float[Tensor, "n *d"]) -> Float[Tensor, " 
 def sliced_distance(
     a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], directions: int = 64
 ) -> float:
-    """The sliced Wasserstein distance SW_2 of two clouds of equally many points, over directions
-    from a fixed seed (Bonneel 2015)."""
-    if a.shape != b.shape:
-        raise ValueError(f"clouds of {tuple(a.shape)} and {tuple(b.shape)}: sizes must agree")
+    """`sliced_wasserstein` of two clouds of equally many points, over directions from a fixed seed.
+    ValueError where the sizes differ."""
     g = torch.Generator().manual_seed(0)
     v = torch.randn(a.shape[1], directions, generator=g, dtype=torch.float64)
-    v = (v / v.norm(dim=0)).to(a)
-    gap = (a @ v).sort(dim=0).values - (b @ v).sort(dim=0).values  # [n directions]
-    return gap.square().mean().sqrt().item()
+    return sliced_wasserstein(a, b, (v / v.norm(dim=0)).T.to(a)).item()
 
 # %% ../nbs/05b_leaderboard.ipynb #4d3f6471
 @dataclass(frozen=True, eq=False)
