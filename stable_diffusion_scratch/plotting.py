@@ -115,7 +115,8 @@ def save_gif(figures, path, ms: int = 80, colors: int = 96, last_ms: int = 1500)
     frames = []
     for fig in figures:
         buffer = io.BytesIO()
-        fig.savefig(buffer, dpi=100, bbox_inches=None)
+        with plt.rc_context({"savefig.bbox": "standard"}):  # drawn once; all frames of one size
+            fig.savefig(buffer, dpi=100)
         plt.close(fig)
         frames.append(Image.open(buffer).convert("RGB"))
     palette = frames[-1].quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
