@@ -119,7 +119,11 @@ def save_gif(figures, path, ms: int = 80, colors: int = 96, last_ms: int = 1500)
             fig.savefig(buffer, dpi=100)
         plt.close(fig)
         frames.append(Image.open(buffer).convert("RGB"))
-    palette = frames[-1].quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    some = [frames[k * (len(frames) - 1) // 3] for k in range(4)]
+    sheet = Image.new("RGB", (some[0].width, sum(f.height for f in some)))
+    for k, frame in enumerate(some):
+        sheet.paste(frame, (0, k * some[0].height))
+    palette = sheet.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     times = [ms] * (len(frames) - 1) + [last_ms]
     frames[0].save(
