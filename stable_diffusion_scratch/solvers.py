@@ -300,7 +300,7 @@ def dpmpp_3m(
     curvature: float = 1.0,
 ) -> Iterator[Step]:
     """Three guesses, one parabola in lambda, integrated exactly; its second derivative times
-    `curvature` (1/2 is what was published). `eta` > 0: the SDE form (which always starts with
+    `curvature` (1/2 is what the libraries run). `eta` > 0: the SDE form (which always starts with
     the ramp). Arguments as in `ddim`."""
     ask, noise, past = counted(denoise), noise or normal_noise(x, generator), []
     early = first_steps(start, 0 if eta else 2)
@@ -373,7 +373,7 @@ def usable_order(order: int, i: int, path: list, lower_final: bool | None) -> in
     return 1 if path[i][2] == 0 else min(order, i + 1, left)
 
 
-@register("deis", order=2, stochastic=False, source="Zhang 2023 (DEIS), tAB-DEIS in log rho")
+@register("deis", order=2, stochastic=False, source="Zhang 2023 (DEIS), in log rho: diffusers")
 def deis(
     denoise: Callable,
     x: Float[Tensor, "b *d"],
