@@ -460,9 +460,8 @@ def unipc(
     corrector: bool = True,
     lower_final: bool | None = None,
 ) -> Iterator[Step]:
-    """Predict x with the polynomial through the last `order` guesses; when the guess at x is
-    there, correct x with the polynomial through that one, too, at no further call. `Step.x` is the
-    predicted state. `lower_final`: see `usable_order`. Arguments as in `ddim`."""
+    """Predict x by the polynomial through the last `order` guesses; correct it by that through the
+    next guess too, at no call. `Step.x`: the prediction. `lower_final`: see `usable_order`."""
     ask, past, path, before = counted(denoise), [], walk(sigmas), None
     early = first_steps(start, order - 1 + corrector - (order == 1))
     for i, sigma, lower in path:

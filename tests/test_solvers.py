@@ -1,6 +1,9 @@
 "The solvers: measured orders, laws, identities between them, grids, hand-over, faults."
 
+import ast
+import inspect
 import math
+import textwrap
 
 import pytest
 import torch
@@ -179,3 +182,9 @@ def test_an_optimised_grid_keeps_its_ends_and_is_better(truth):
     mine = solvers.optimised_sigmas(SAMPLERS["ddim"], WIDE.denoise, X, truth, sigmas, rounds=3)
     miss = lambda g: (last(SAMPLERS["ddim"](WIDE.denoise, X, g)).x - truth).norm(dim=1).mean()  # noqa: E731
     assert mine[0] == sigmas[0] and abs(mine[-1] / sigmas[-1] - 1) < 1e-12 and miss(mine) < miss(sigmas)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sampler_fits_on_thirty_lines(name):
+    function = ast.parse(textwrap.dedent(inspect.getsource(SAMPLERS[name]))).body[0]
+    assert function.end_lineno - function.lineno < 30  # from `def` to the end, docstring and all
