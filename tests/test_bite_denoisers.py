@@ -48,6 +48,9 @@ def test_an_entry_off_the_grid_is_refused_from_a_thousandth_on():
     assert decode(x0 + 0.0005, x0, sigma).shape == (2,)
     with pytest.raises(ValueError, match="off the grid"):
         decode(x0 + 0.0015, x0, sigma)
+    x0[1, 2] = 0.3  # one entry alone
+    with pytest.raises(ValueError, match="off the grid"):
+        decode(x0, x0, sigma)
 
 
 def test_edm_assumes_data_of_half_a_unit():
