@@ -26,7 +26,8 @@ from dev import CACHE, PACKAGE, ROOT, Problem, chapters, notebooks, rerun
 from dev.mutants import mutants_of
 from dev.rerun import forked, label_of
 
-MODULES = ("forward", "score", "denoisers", "samplers", "solvers")  # those of Part I that exist
+# Not yet: `samplers` (112 mutants) and `solvers` (627) have not been judged to the end, so a run may find survivors.
+MODULES = ("forward", "score", "denoisers")
 EXPLAINED = ROOT / "dev" / "equivalent_mutants.toml"
 QUICK = "not daily and not slow and not full"
 CPU = 90  # seconds of a chapter with a mutant in it; one without takes less than half of that

@@ -7,6 +7,7 @@ from stable_diffusion_scratch.denoisers import (
     WEIGHTINGS,
     EDMDenoiser,
     bits_per_dim,
+    bound_terms,
     grid_decoder,
     loss_weight,
     prediction_target,
@@ -47,6 +48,9 @@ def test_an_entry_off_the_grid_is_refused_from_a_thousandth_on():
     assert decode(x0 + 0.0005, x0, sigma).shape == (2,)
     with pytest.raises(ValueError, match="off the grid"):
         decode(x0 + 0.0015, x0, sigma)
+    x0[1, 2] = 0.3  # one entry alone
+    with pytest.raises(ValueError, match="off the grid"):
+        decode(x0, x0, sigma)
 
 
 def test_edm_assumes_data_of_half_a_unit():
@@ -83,3 +87,27 @@ def test_bits_per_dim_of_one_picture():
     assert bits_per_dim(torch.tensor(8.0, **double), torch.zeros(1, 2, 2)).item() == pytest.approx(
         2 / 0.6931471805599453
     )
+
+
+def test_the_terms_of_the_bound_by_hand():
+    process, x0 = vp_linear(), torch.tensor([[0.5, -1.0], [2.0, 0.25]], **double)
+    times = torch.tensor([0.1, 0.4, 0.45], **double)
+    seen = []
+
+    def denoise(x, sigma, context):
+        seen.append((sigma.item(), context))
+        return x0 + 1
+
+    def decode(clean, x, sigma):
+        seen.append((sigma.item(), None))
+        return clean.sum(1)
+
+    terms = bound_terms(denoise, process, x0, times, decode, "a digit", torch.Generator().manual_seed(0))
+    levels = process.noise_level(times)
+    assert seen == [(levels[1].item(), "a digit"), (levels[2].item(), "a digit"), (levels[0].item(), None)]
+    alpha, sigma = process.alpha(times[2]), process.sigma(times[2])
+    standard = torch.distributions.Normal(torch.zeros(2, 2, **double), 1.0)
+    prior = torch.distributions.kl_divergence(torch.distributions.Normal(alpha * x0, sigma), standard).sum(1)
+    snr = (process.alpha(times) / process.sigma(times)) ** 2
+    steps = [(snr[k - 1] - snr[k]).expand(2) for k in (1, 2)]  # an error of 1 in each of two entries
+    torch.testing.assert_close(terms, torch.stack([prior, *steps, -x0.sum(1)], 1))
