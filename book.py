@@ -59,15 +59,15 @@ COMMANDS = {
     "refresh": "export, re-run a chapter and store its outputs",
     "export": "make the package and README.md from the notebooks",
     "train": "train the bundled model anew, or go on with it, and measure it",
-    "bench": "time a picture from prompt to pixels, ours beside diffusers",
+    "bench": "measure beside a peer: a picture from prompt to pixels, or what bench/ has by name",
     "setup": "make or repair the environment, and nothing more",
 }
 PASSED_ON = {  # subcommands whose options are those of another program
     "lab": "passed on to JupyterLab, for example --no-browser",
     "train": "passed on to `sd-scratch train`, for example --out runs/mine; for all of them: .venv/bin/sd-scratch "
     "train --help",
-    "bench": "passed on to bench/pipeline.py, for example --pairs 5; for all of them: .venv/bin/python "
-    "bench/pipeline.py --help",
+    "bench": "the name of a measurement (pipeline, parts, unet_ablation, digits_parametrisations; pipeline if none) and "
+    "its options, for example: parts --pairs 5; for all of them: .venv/bin/python bench/parts.py --help",
 }
 
 
