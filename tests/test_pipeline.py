@@ -482,7 +482,7 @@ def test_other_grids_paint_and_the_end_is_honoured():
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"sampler": "dddim"}, "sampler 'dddim' is not one of ddim, ddpm, euler"),
+        ({"sampler": "dddim"}, "sampler 'dddim' is not one of ddim, ddpm, deis, .*, unipc"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"steps": 2.5}, "steps must be a positive integer, got 2.5"),
         ({"steps": 1001}, "between 1 and 1000"),
