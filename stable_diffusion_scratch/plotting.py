@@ -14,6 +14,7 @@ from torch import Tensor
 try:
     import ipywidgets
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 except ImportError as error:
     remedy = "the figures need more than the library: pip install 'stable_diffusion_scratch[book]'"
@@ -114,11 +115,13 @@ def save_gif(figures, path, ms: int = 80, colors: int = 96, last_ms: int = 1500)
     GIF; `last_ms` rests on the last frame."""
     frames = []
     for fig in figures:
-        buffer = io.BytesIO()
-        with plt.rc_context({"savefig.bbox": "standard"}):  # drawn once; all frames of one size
-            fig.savefig(buffer, dpi=100)
+        fig.set_dpi(100)
+        canvas = FigureCanvasAgg(fig)  # drawn once, as it is: all frames of one size
+        canvas.draw()
         plt.close(fig)
-        frames.append(Image.open(buffer).convert("RGB"))
+        pixels = canvas.buffer_rgba()
+        size = pixels.shape[1::-1]  # width, height
+        frames.append(Image.frombytes("RGBA", size, pixels.tobytes()).convert("RGB"))
     some = [frames[k * (len(frames) - 1) // 3] for k in range(4)]
     sheet = Image.new("RGB", (some[0].width, sum(f.height for f in some)))
     for k, frame in enumerate(some):
