@@ -5,7 +5,8 @@
 
 Each run trains `digits.train_digits` and measures, on digits held out of training, the error of the guessed clean
 picture at ten noise levels and the likelihood bound. Finished runs stay in the JSON file and are not run again; the
-log beside it gets one line a run. Chapter 3 loads both of the files in bench/results/ and repeats one run.
+log beside it gets one line a run. Chapter 3 loads both of the files in bench/results/, and repeats the shorter run
+that is kept under "repeat": v, seed 0, half the steps.
 """
 
 import argparse
@@ -99,6 +100,15 @@ def rounded(value):
     return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
+def keep(stored: dict, path: Path) -> None:
+    "Write what there is, one run a line; a kill leaves the old file whole."
+    lines = ",\n".join(json.dumps(r) for r in stored["runs"])
+    head = json.dumps({k: v for k, v in stored.items() if k != "runs"})[:-1]
+    beside = path.with_suffix(".tmp")
+    beside.write_text(f'{head}, "runs": [\n{lines}\n]}}\n')
+    beside.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800, help="training steps of every run (800; at least 20)")
@@ -112,6 +122,10 @@ def main() -> None:
     if stored["steps"] != given.steps:
         parser.error(f"{given.json} holds runs of {stored['steps']} steps; name another file with --json")
     stored |= {"torch": torch.__version__, "python": platform.python_version()}
+    if "repeat" not in stored:
+        short = measure(dict(kind="v", weighting=None, pictures=1500, seed=0), given.steps // 2)
+        stored["repeat"] = {"steps": given.steps // 2, "unseen": rounded(short["unseen"])}
+        keep(stored, given.json)
     names = ("kind", "weighting", "pictures", "seed")
     done = {tuple(run[n] for n in names) for run in stored["runs"]}
     for run in plan(given.seeds):
@@ -119,11 +133,7 @@ def main() -> None:
             continue
         found = {name: rounded(value) for name, value in measure(run, given.steps).items()}
         stored["runs"].append(found)
-        beside = given.json.with_suffix(".tmp")
-        lines = ",\n".join(json.dumps(r) for r in stored["runs"])  # one run a line
-        head = json.dumps({k: v for k, v in stored.items() if k != "runs"})[:-1]
-        beside.write_text(f'{head}, "runs": [\n{lines}\n]}}\n')
-        beside.replace(given.json)
+        keep(stored, given.json)
         line = (
             f"{run['kind']:5s} {run['weighting'] or 'plain':8s} {run['pictures']:4d} pictures  seed {run['seed']}  "
             f"{found['bits']:8.4f} bits/dim  copies {found['copies']:.2f}  {found['cpu_seconds']:.0f} s"
