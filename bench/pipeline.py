@@ -5,7 +5,8 @@
 
 Both start from the same latents, with the same steps, guidance and threads, in float32, and end with PIL images. Runs
 are interleaved in pairs, in alternating order, so that what else the machine does meets both; the ratio is taken pair
-by pair. Before that, both paint once (warm-up), and their pictures are compared.
+by pair. Before that, both paint once (warm-up), and their pictures are compared. At the end one more run of each is
+profiled: where the processor's time goes, by part of the pipeline (ours) and by kind of operation (both).
 """
 
 import argparse
@@ -128,7 +129,77 @@ def measure(folder: Path, given: argparse.Namespace) -> dict:
         times = {name: [run[k] for run in runs[name]] for name in runs}
         ratios = [mine / other for mine, other in zip(times[OURS], times[THEIRS], strict=True)]
         found[clock] = {**{name: spread(values) for name, values in times.items()}, "ratio": spread(ratios)}
+    last = painters(ours.noise(given.count))
+    found["where"] = {
+        "seconds of ours": by_part(ours, last[OURS]),
+        "share by operation": {name: by_kind(paint) for name, paint in last.items()},
+    }
     return found | {"runs": {name: [[round(t, 4) for t in run] for run in both] for name, both in runs.items()}}
+
+
+KINDS = {  # what an operation of PyTorch is called, and what kind it is; the first that fits
+    "convolutions": ("conv",),
+    "matrix products": ("addmm", "aten::mm", "bmm", "linear", "matmul"),
+    "attention": ("attention",),
+    "norms": ("norm",),
+    "activations": ("silu", "gelu", "sigmoid", "softmax"),
+    "copies and reshapes": (
+        "copy",
+        "contiguous",
+        "view",
+        "aten::t",
+        "cat",
+        "empty",
+        "stride",
+        "expand",
+        "clone",
+        "_to",
+    ),
+}
+
+
+def by_kind(paint: Callable) -> dict[str, float]:
+    "The share of each kind of operation in the time that PyTorch spends in operations."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        paint()
+    shares = dict.fromkeys([*KINDS, "all else"], 0.0)
+    for event in profile.key_averages():
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "all else")
+        shares[kind] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: round(value / total, 3) for kind, value in shares.items()}
+
+
+def by_part(pipe: StableDiffusion, paint: Callable, times: int = 5) -> dict[str, float]:
+    "Processor seconds of one of our runs in each part of the pipeline; the medians of some runs."
+    spent: dict[str, float] = {}
+
+    def watch(part: str, function: Callable) -> Callable:
+        def run(*args, **options):
+            began = time.process_time()
+            result = function(*args, **options)
+            spent[part] = spent.get(part, 0.0) + time.process_time() - began
+            return result
+
+        return run
+
+    unet = pipe.unet
+    watched = [
+        (unet, "predict", "UNet"), (unet, "embed_time", "timesteps"), (unet, "embed_context", "keys and values"),
+        (pipe, "encode_prompt", "text encoder"), (pipe, "decode", "VAE decoder"),
+    ]  # fmt: skip
+    for thing, name, part in watched:
+        object.__setattr__(thing, name, watch(part, getattr(thing, name)))
+    runs = []
+    try:
+        for _ in range(times):
+            spent.clear()
+            whole = clocked(paint)[1]
+            runs.append({**spent, "guidance, sampler and all else": whole - sum(spent.values())})
+    finally:
+        for thing, name, _ in watched:
+            object.__delattr__(thing, name)
+    return {part: round(float(np.median([run[part] for run in runs])), 4) for part in runs[0]}
 
 
 def machine() -> dict:
@@ -153,6 +224,14 @@ def table(found: dict) -> str:
             quartiles, whole = f"{s['low']:.3f} - {s['high']:.3f}", f"{s['min']:.3f} - {s['max']:.3f}"
             lines.append(f"{clock + ', ' + label:<26}{s['median']:>8.3f}{quartiles:>18}{whole:>18}")
     lines.append(f"largest difference of a pixel between the two: {found['largest difference of a pixel']} of 255")
+    parts, kinds = found["where"]["seconds of ours"], found["where"]["share by operation"]
+    whole = sum(parts.values())
+    lines += [
+        "where ours spends its processor time",
+        *(f"  {p:<32}{t:7.3f} {t / whole:7.1%}" for p, t in parts.items()),
+    ]
+    lines.append(f"{'time in operations, by kind':<34}{OURS:>9}{THEIRS:>12}")
+    lines += [f"  {kind:<32}{kinds[OURS][kind]:9.1%}{kinds[THEIRS][kind]:12.1%}" for kind in kinds[OURS]]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['BETAS', 'KINDS', 'GRIDS', 'SCHEDULERS', 'SCHEDULER_ONLY', 'SOLVER', 'PARTS', 'INDEX', 'UNUSED', 'BUNDLED', 'Prompt',
            'Schedule', 'check_grid', 'noise_levels', 'schedule_to_diffusers', 'schedule_from_diffusers', 'remembering',
            'generators', 'draw', 'to_images', 'image_grid', 'Part', 'read_json', 'read_part', 'write_part',
-           'write_json', 'whole_folder', 'StableDiffusion', 'without_gradients']
+           'write_json', 'whole_folder', 'StableDiffusion', 'without_gradients', 'listening', 'word_maps']
 
 # %% ../nbs/13_text_to_image.ipynb #642874f2
 import contextlib
@@ -21,6 +21,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
@@ -36,7 +38,7 @@ from stable_diffusion_scratch.forward import (
     zero_terminal_snr,
 )
 from .guidance import bind, cfg
-from .layers import check_shape
+from .layers import Attention, TransformerBlock, check_shape
 from stable_diffusion_scratch.samplers import (
     SAMPLERS,
     Step,
@@ -327,7 +329,7 @@ def read_part(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
         part.module.load_diffusers(net, load_file(file))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
-    return net.to(dtype).eval()
+    return net.to(dtype=dtype, memory_format=torch.channels_last).eval()
 
 
 def write_part(folder: Path, part: Part, net: nn.Module, dtype: torch.dtype) -> None:
@@ -526,6 +528,7 @@ class StableDiffusion:
         )
         return without_gradients(walk)
 
+    @torch.inference_mode()
     def __call__(
         self, prompt: Prompt, negative: Prompt | None = None, **options
     ) -> list[Image.Image]:
@@ -584,3 +587,41 @@ class StableDiffusion:
 @torch.no_grad()
 def without_gradients(steps: Iterator[Step]) -> Iterator[Step]:
     yield from steps
+
+
+@contextlib.contextmanager
+def listening(net: UNet, hear: Callable[[Float[Tensor, "b heads n m"]], None]) -> Iterator[None]:
+    """Inside, `hear` gets the weights of each cross-attention that runs in the network: for every
+    head how much each of n places looks at each of m tokens. The fused kernel never stores them;
+    they are computed again from its queries and keys."""
+
+    def note(layer: Attention, inputs: tuple, output: Tensor) -> None:
+        x, (keys, _) = inputs
+        q, k = (rearrange(z, "b n (h d) -> b h n d", h=layer.heads) for z in (layer.q(x), keys))
+        hear((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))  # (def-word-map)
+
+    blocks = [m for m in net.modules() if isinstance(m, TransformerBlock)]
+    hooks = [block.cross_attention.register_forward_hook(note) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def word_maps(pipe: StableDiffusion, prompt: str, **options) -> tuple[Step, Float[Tensor, "m h w"]]:
+    """The last step of painting one prompt (options: those of `pipe.steps`), and a map for each
+    token: how much each place of the latents looks at it, averaged over steps, heads and layers,
+    each enlarged to the finest (Hertz 2022; Tang 2023). At each place they sum to one."""
+    found: list[Tensor] = []
+
+    def hear(weights: Tensor) -> None:
+        rows = weights[0].mean(0)  # [n m]  the first of the batch is the prompt's own branch
+        side = round(rows.shape[0] ** 0.5)
+        maps = rearrange(rows, "(h w) m -> 1 m h w", h=side)
+        size = pipe.unet.config.sample_size
+        found.append(F.interpolate(maps, (size, size), mode="bilinear"))
+
+    with listening(pipe.unet, hear):
+        step = last(pipe.steps(prompt, **options))
+    return step, torch.cat(found).mean(0)

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'SCHEDULE', 'SCHOOL', 'KEYS', 'read_config', 'render_chunk', 'to_bytes', 'from_bytes', 'scene_set', 'drawn',
-           'to_network', 'vae_loss', 'encode_all', 'text_to_image_loss', 'caption_tokenizer', 'text_to_image_networks',
-           'Reader', 'reading_loss', 'Progress', 'check', 'pin', 'learn', 'make']
+           'to_network', 'vae_loss', 'encode_all', 'text_to_image_loss', 'said_of', 'caption_tokenizer',
+           'text_to_image_networks', 'Reader', 'reading_loss', 'Progress', 'check', 'fingerprint', 'adapted',
+           'shortened', 'pin', 'learn', 'make']
 
 # %% ../nbs/12b_recipe.ipynb #68eff00c
+import hashlib
 import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +30,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file, save_file
 from .captioner import COUNTS, QUESTIONS, judge_loss, truth
 from .captions import VOCABULARY, captions
+from .data import Captioned
 from .denoisers import simple_loss
 from .forward import ForwardProcess
 from .layers import Attention
@@ -146,17 +151,18 @@ def text_to_image_loss(
     tokenizer: Tokenizer,
     vae: VAE,
     moments: Float[Tensor, "n c2 h w"],
-    scenes: Scenes,
+    scenes: Scenes | Sequence[str],
     batch: int,
     empty: float,
     forget: float,
 ) -> Float[Tensor, ""]:
     """The simple loss on v for a batch drawn from the scenes, with fresh latents, fresh paraphrases
-    of what the scenes show, and the captions of a share `empty` left empty."""
+    of what the scenes show (or, for pictures that are no scenes, their own captions), and the
+    captions of a share `empty` left empty."""
     index = torch.randint(len(moments), (batch,), generator=generator)
     latents = vae.scale(Moments(*moments[index].chunk(2, 1)).sample(generator))  # [b c h w]
     latents = to_network(latents, model)
-    texts = captions(scenes[index], generator, forget)
+    texts = said_of(scenes, index, generator, forget)
     drop = torch.rand(batch, generator=generator) < empty
     ids = tokenizer(["" if gone else text for gone, text in zip(drop, texts, strict=True)])
     ids = ids.to(latents.device)
@@ -164,9 +170,21 @@ def text_to_image_loss(
     losses = simple_loss(model["unet"], process, latents, context, "v", generator=generator)
     return losses.mean()
 
+
+def said_of(
+    scenes: Scenes | Sequence[str], index: Int[Tensor, " b"], generator: torch.Generator, forget
+) -> list[str]:
+    "New captions for these of the scenes; or, if they came with captions, those."
+    if isinstance(scenes, Scenes):
+        return captions(scenes[index], generator, forget)
+    return [scenes[k] for k in index.tolist()]
+
 # %% ../nbs/12b_recipe.ipynb #b2fa6b46
-def caption_tokenizer(scenes: Scenes, max_length: int) -> Tokenizer:
-    "Byte pairs learnt from a paraphrase of each of these scenes; every word of ours is one token."
+def caption_tokenizer(scenes: Scenes | Sequence[str], max_length: int) -> Tokenizer:
+    """Byte pairs learnt from a paraphrase of each of these scenes; every word of ours is one token.
+    Or byte pairs learnt from captions that are given."""
+    if not isinstance(scenes, Scenes):
+        return Tokenizer.train([*scenes, *scenes], max_length=max_length)
     texts = captions(scenes, step_generator(0, 0), 0.25)
     return Tokenizer.train([*texts, *VOCABULARY, *VOCABULARY], max_length=max_length)
 
@@ -242,9 +260,17 @@ KEYS = {
 }
 
 
-def check(config: Mapping[str, Any]) -> None:
-    "Build everything that the configuration describes, on no memory: a ValueError now, not later."
-    for section, keys in (KEYS | {k: v for k, v in SCHOOL.items() if k in config}).items():
+def check(config: Mapping[str, Any], own: Captioned | None = None, vae: VAE | None = None) -> None:
+    """Build everything that the configuration describes, on no memory: a ValueError now, not later.
+    What is given in its place need not be described."""
+    given = {name for name, thing in (("data", own), ("vae_training", vae)) if thing is not None}
+    asked = {k: v for k, v in KEYS.items() if k not in given}
+    for section, keys in (asked | {k: v for k, v in SCHOOL.items() if k in config}).items():
+        if section == "data" and "set" in config.get("data", {}):
+            raise ValueError(
+                f"configuration, [data]: set = {config['data']['set']!r} names pictures that nobody"
+                " renders: pass them as `own`, or let `sd-scratch train` find them"
+            )
         if (found := set(config.get(section, {}))) != keys:
             wrong = ", ".join(sorted(found ^ keys))
             raise ValueError(f"configuration, [{section}]: missing or unknown: {wrong}")
@@ -255,13 +281,57 @@ def check(config: Mapping[str, Any]) -> None:
             text_to_image_networks(config, tokenizer)
     except (KeyError, TypeError) as error:
         raise ValueError(f"configuration, [vae], [text] or [unet]: {error}") from error
+    side = config["vae"]["sample_size"]
+    if own is not None and own.pictures.shape[2:] != (side, side):
+        raise ValueError(
+            f"pictures of {tuple(own.pictures.shape[2:])} for a configuration of {side} x {side}:"
+            " gather them at that size"
+        )
+
+
+def fingerprint(own: Captioned) -> str:
+    "What tells these pictures and captions from others: the beginning of their SHA-256."
+    texts = json.dumps(own.captions).encode()
+    return hashlib.sha256(own.pictures.cpu().numpy().tobytes() + texts).hexdigest()[:16]
+
+
+def adapted(config: Mapping[str, Any], own: Captioned | None, vae: VAE | None) -> dict[str, Any]:
+    """The configuration with what is given in the place of what it says. Own pictures skip the text
+    encoder's school, whose questions only scenes can answer."""
+    config = dict(config)
+    if own is not None:
+        config["data"] = {"pictures": fingerprint(own)}
+        config.pop("text_training", None)
+    if vae is not None:
+        config["vae"] = asdict(vae.config)
+        config.pop("vae_training", None)
+    return config
+
+
+def shortened(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    "The texts without the words that no place is left for; one warning counts those cut."
+    short = []
+    for text in texts:
+        while len(tokenizer.encode(text)) > tokenizer.max_length:
+            text = text.rpartition(" ")[0]
+        short.append(text)
+    if cut := sum(a != b for a, b in zip(texts, short, strict=True)):
+        warnings.warn(
+            f"{cut} of {len(texts)} captions are cut to {tokenizer.max_length} tokens;"
+            " raise max_length in [text], or write shorter ones",
+            stacklevel=2,
+        )
+    return short
 
 
 def pin(config: Mapping[str, Any], folder: Path) -> None:
     "Write the configuration into the folder; ValueError if the folder was begun with another."
     path, text = folder / "config.json", json.dumps(config, indent=2)
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{folder} was begun with another configuration; choose another folder")
+        raise ValueError(
+            f"{folder} was begun with another configuration or other pictures;"
+            " choose another folder"
+        )
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -279,24 +349,39 @@ def learn(
 
 
 def make(
-    config: Mapping[str, Any], folder: Path | str, device: str = "cpu", every: float = 60.0
+    config: Mapping[str, Any],
+    folder: Path | str,
+    device: str = "cpu",
+    every: float = 60.0,
+    own: Captioned | None = None,
+    vae: VAE | None = None,
 ) -> Iterator[Progress]:
     """Everything from nothing to folder/model, a diffusers folder in fp16. Whoever stops iterating
     loses nothing, a kill at most `every` seconds: the same call goes on from there, and ends in the
-    same weights."""
-    folder = Path(folder)
-    check(config)
-    pin(config, folder)
-    pictures, scenes = scene_set(
-        folder / "scenes", config["data"]["scenes"], config["data"]["seed"]
-    )
+    same weights.
 
-    plan = config["vae_training"]
-    vae = drawn(plan["seed"], lambda: VAE(VAEConfig(**config["vae"]))).to(device)
-    loss = partial(vae_loss, pictures=pictures, batch=plan["batch"], beta=plan["beta"])
-    rate = warmup_cosine(plan["rate"], plan["steps"])
-    run = Run(vae, loss, rate, plan["seed"], plan["decay"])
-    yield from learn(run, plan, "vae", folder, every)
+    own: pictures with captions (`data.gather`) to learn from in place of scenes; vae: an
+    autoencoder to keep in place of training one. ValueError where the configuration is wrong, or
+    the folder was begun with another or with other pictures."""
+    folder = Path(folder)
+    check(config := config if vae is None else {**config, "vae": asdict(vae.config)}, own, vae)
+    config = adapted(config, own, vae)
+    pin(config, folder)
+    if own is None:
+        pictures, scenes = scene_set(
+            folder / "scenes", config["data"]["scenes"], config["data"]["seed"]
+        )
+    else:
+        pictures, scenes = own.pictures, own.captions
+
+    if plan := config.get("vae_training"):
+        vae = drawn(plan["seed"], lambda: VAE(VAEConfig(**config["vae"]))).to(device)
+        loss = partial(vae_loss, pictures=pictures, batch=plan["batch"], beta=plan["beta"])
+        rate = warmup_cosine(plan["rate"], plan["steps"])
+        run = Run(vae, loss, rate, plan["seed"], plan["decay"])
+        yield from learn(run, plan, "vae", folder, every)
+    else:
+        vae = deepcopy(vae).to(device)
     vae.requires_grad_(False).eval()
     some = [to_network(from_bytes(x), vae) for x in pictures[:2000].split(100)]
     scale = measure_scale(vae, some, torch.Generator(device).manual_seed(0))
@@ -310,6 +395,7 @@ def make(
 
     plan = config["unet_training"]
     tokenizer = caption_tokenizer(scenes[:20_000], config["text"]["max_length"])
+    scenes = scenes if own is None else shortened(tokenizer, scenes)
     networks = drawn(plan["seed"], lambda: text_to_image_networks(config, tokenizer)).to(device)
     if school := config.get("text_training"):
         reader = drawn(school["seed"], lambda: Reader(networks["text_encoder"])).to(device)
@@ -333,5 +419,6 @@ def make(
     yield from learn(run, plan, "unet", folder, every)
     pipe = StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokenizer, SCHEDULE)
     pipe.save_pretrained(folder / "model", torch.float16)
-    for stage in ("vae", *(["text"] if school else []), "unet"):
-        shutil.copyfile(folder / f"{stage}.csv", folder / "model" / f"{stage}.csv")
+    for stage in ("vae", "text", "unet"):
+        if f"{stage}_training" in config:
+            shutil.copyfile(folder / f"{stage}.csv", folder / "model" / f"{stage}.csv")

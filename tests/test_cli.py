@@ -82,7 +82,7 @@ def test_help_has_every_option_and_examples(command):
     assert found.exit_code == 0 and f"sd-scratch {command}" in found.stdout.split("Examples:")[1]
     function = getattr(cli, command)
     for name in function.__wrapped__.__annotations__:
-        assert name in ("prompt", "what") or f"--{name.removesuffix('_file')}" in found.stdout
+        assert name in ("prompt", "what") or f"--{name.removesuffix('_file').replace('_', '-')}" in found.stdout
 
 
 def test_help_and_simple_mistakes_do_not_wait_for_torch(tmp_path):
@@ -90,15 +90,16 @@ def test_help_and_simple_mistakes_do_not_wait_for_torch(tmp_path):
         ["--help"], [], ["generate", "--help"], ["generate"], ["paint"], ["generate", " "],
         ["generate", "x", "--steps", "-1"], ["generate", "x", "-o", "no/such/folder/x.png"],
         ["generate", "x", "--model", "nowhere"], ["evaluate", "--steps", "0"], ["train", "--config", "nothing"],
+        ["train", "--data", "nowhere"], ["evaluate", "--judge", "me"],
         ["bench"], ["bench", "solvers"], ["bench", "samplers", "--calls", "0"],
     ]  # fmt: skip
     program = (
         "import sys\nfrom stable_diffusion_scratch import cli\n"
-        f"codes = [cli.main(words) for words in {mistakes}]\nassert codes == [0, 0, 0] + 11 * [2], codes\n"
+        f"codes = [cli.main(words) for words in {mistakes}]\nassert codes == [0, 0, 0] + 13 * [2], codes\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 11, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 13, done.stderr
 
 
 # --- generate: what cannot be done -----------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_ctrl_c_in_training_saves_and_the_same_command_goes_on(tiny, monkeypatch
 def test_training_mistakes_are_one_line(tiny, capsys):
     (tiny / "bad.toml").write_text("[data\n")
     (tiny / "file").touch()
-    assert "--config 'scenes' is unknown; did you mean scenes64? There are: scenes64" in refused(
+    assert "--config 'scenes' is unknown; did you mean scenes64? There are: digits, scenes64" in refused(
         ["train", "--config", "scenes"], capsys
     )
     assert "mine.toml" in refused(["train", "--config", "mine.toml"], capsys)
@@ -369,6 +370,78 @@ def test_training_mistakes_are_one_line(tiny, capsys):
     capsys.readouterr()
     (tiny / "tiny.toml").write_text(toml(TINY).replace("seed = 2", "seed = 3"))
     assert "was begun with another configuration" in refused(words, capsys)
+
+
+@pytest.fixture
+def photos(tiny) -> Path:
+    "Three pictures with captions, one of them far too long, and a line whose picture is missing."
+    folder = tiny / "photos"
+    folder.mkdir()
+    rows = [("0.png", "my grey cat"), ("1.png", "my white cat"), ("2.png", 50 * "very " + "old"), ("3.png", "gone")]
+    for k, (name, _) in enumerate(rows[:3]):
+        Image.new("RGB", (80, 70), (80 * k, 90, 20)).save(folder / name)
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return tiny
+
+
+def test_train_on_pictures_of_ones_own(photos, capsys):
+    words = ["train", "--config", "tiny.toml", "--data", "photos"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert said.out == "runs/photos/model\n" and "vae: step 6 of 6" in said.err
+    assert "warning: skipped 1 of 4 pictures: 3.png" in said.err
+    assert said.err.count("warning: 1 of 3 captions are cut to 32 tokens; raise max_length in [text]") == 1
+    assert cli.main(["generate", "my cat", "--model", "runs/photos/model", "--steps", "1"]) == 0
+    assert sorted(path.name for path in Path("runs/photos/model").glob("*.csv")) == ["unet.csv", "vae.csv"]
+    capsys.readouterr()
+    index = photos / "photos" / "metadata.jsonl"
+    index.write_text(index.read_text().replace("grey", "black").replace('{"file_name": "3.png", "text": "gone"}\n', ""))
+    assert cli.main(words) == 2 and "or other pictures; choose another folder" in capsys.readouterr().err
+
+
+def test_train_with_the_books_autoencoder(photos, bundled, capsys):
+    assert cli.main(["train", "--config", "tiny.toml", "--data", "photos", "--keep-vae"]) == 0
+    said = capsys.readouterr().err
+    assert "vae: step" not in said and "unet: step 6 of 6" in said and re.search(r"back with -?\d+\.\d dB", said)
+    kept, own = (StableDiffusion.from_pretrained(path).vae for path in (pipeline.BUNDLED, "runs/photos/model"))
+    assert torch.allclose(kept.decoder.conv_in.weight, own.decoder.conv_in.weight, atol=1e-3)
+    assert kept.config.scale != own.config.scale  # measured on these pictures
+
+
+def test_mistakes_about_ones_own_pictures_are_one_line(photos, bundled, capsys):
+    words = ["train", "--config", "tiny.toml", "--data"]
+    assert "--data nowhere: is no folder" in refused([*words, "nowhere"], capsys)
+    assert "--data runs: has no metadata.jsonl; write a line for each picture" in refused([*words, "runs"], capsys)
+    index = photos / "photos" / "metadata.jsonl"
+    index.write_text("{\n")
+    assert "metadata.jsonl, line 1: need an object with file_name and text" in refused([*words, "photos"], capsys)
+    index.write_text("")
+    assert "--data: there are no pictures" in refused([*words, "photos"], capsys)
+    for old, new, line in (
+        ("sample_size = 64", "sample_size = 32", "--keep-vae: the book's autoencoder is for pictures of 64 pixels"),
+        ("scenes = 500\nseed = 0", 'set = "digit"', "set 'digit' is unknown; did you mean digits? There are: digits"),
+    ):
+        (photos / "tiny.toml").write_text(toml(TINY).replace(old, new))
+        assert line in refused(["train", "--config", "tiny.toml", "--keep-vae"], capsys)
+
+
+@pytest.mark.daily
+def test_ten_captions_from_the_digits(here, capsys):
+    config = recipe.read_config(Path(recipe.__file__).parent / "configs" / "digits.toml")
+    config["vae_training"] |= {"steps": 3, "batch": 4}
+    config["unet_training"] |= {"steps": 3, "batch": 4}
+    (here / "tiny.toml").write_text(toml(config).replace("'digits'", '"digits"').replace("= digits", '= "digits"'))
+    assert cli.main(["train", "--config", "tiny.toml"]) == 0
+    words = ["evaluate", "--model", "runs/tiny/model", "--judge", "digits", "--steps", "1"]
+    assert cli.main([*words, "--prompts", "12", "--json", "found.json"]) == 0
+    said, found = capsys.readouterr().out, json.loads((here / "found.json").read_text())
+    assert found["a digit"]["all"]["of"] == 12 and found["a digit"]["one"]["of"] == 2
+    assert found["judge"]["all"]["share"] > 0.95 and found["judge"]["all"]["of"] == 297
+    assert [line.split()[0] for line in said.splitlines()[1:]] == ["right,", "all", *cli.DIGITS]
+    line = refused(["evaluate", "--model", "runs/tiny/model"], capsys)
+    assert "the judge of scenes reads pictures of 64 x 64 only" in line
+    assert "name a --model" in refused(["evaluate", "--judge", "digits"], capsys)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -441,6 +441,24 @@ def test_what_is_remembered_changes_nothing():
         x = x + torch.randn(x.shape, generator=generator)
 
 
+def test_word_maps_are_shares_of_looking_and_change_no_picture():
+    pipe = make()
+    step, maps = pipeline.word_maps(pipe, "a red cube", steps=2, seed=3)
+    side = pipe.unet.config.sample_size
+    assert maps.shape == (pipe.tokenizer.max_length, side, side) and (maps >= 0).all()
+    assert torch.allclose(maps.sum(0), torch.ones(side, side), atol=1e-5)
+    assert torch.equal(step.x, last(pipe.steps("a red cube", steps=2, seed=3)).x)
+    assert not any(block._forward_hooks for block in pipe.unet.modules())
+
+
+def test_inference_mode_stays_inside_the_call(folder):
+    pipe = StableDiffusion.from_pretrained(folder)
+    pipe("a red cube", steps=1)
+    x = last(pipe.steps("a red cube", steps=1)).x
+    assert not x.is_inference() and not torch.is_inference_mode_enabled()
+    assert pipe.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_guidance_and_negative_prompts():
     plain = PIPE("a cube", steps=3, guidance=1.0, negative="a sphere")
     assert pixels(plain).tolist() == pixels(PIPE("a cube", steps=3, guidance=1.0)).tolist()
