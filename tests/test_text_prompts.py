@@ -1,13 +1,16 @@
 "`text`'s long and weighted prompts: windows, emphasis, what they leave unchanged, and what is refused."
 
-from functools import reduce
+from functools import partial, reduce
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stable_diffusion_scratch.captions import EXAMPLE
 from stable_diffusion_scratch.layers import attention
+from stable_diffusion_scratch.pipeline import StableDiffusion
+from stable_diffusion_scratch.samplers import last
 from stable_diffusion_scratch.text import (
     LAST,
     TextConfig,
@@ -205,3 +208,21 @@ def test_gradients_reach_encoder_and_weights():
     encoder = TextEncoder(ENCODER.config)
     encode_long(encoder, TOKENIZER, ["a (red:1.5) cube", "a blue ball " * 5]).square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
+
+
+@pytest.mark.daily
+def test_the_pipeline_paints_from_long_and_weighted_prompts():
+    pipe = StableDiffusion.from_pretrained()
+    listen = partial(encode_long, pipe.text_encoder, pipe.tokenizer)
+    with torch.no_grad():
+        plain, loud = listen(EXAMPLE), listen(EXAMPLE.replace("red", "(red:2)"))
+        long, nothing = same_length(listen(f"{EXAMPLE}, {EXAMPLE}, {EXAMPLE}"), listen(""))
+    assert torch.equal(plain, pipe.encode_prompt(EXAMPLE)) and long.shape == nothing.shape != plain.shape
+
+    def latents(*contexts):
+        return last(pipe.steps(*contexts, steps=3)).x
+
+    expected = latents(EXAMPLE)
+    torch.testing.assert_close(latents(plain.repeat(1, 2, 1), nothing[:, :64]), expected, rtol=0, atol=1e-2)
+    assert not torch.allclose(latents(loud), expected, atol=1e-2)
+    assert latents(long, nothing).isfinite().all()
