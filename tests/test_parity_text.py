@@ -9,6 +9,7 @@ from parity import assert_same, relative, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from stable_diffusion_scratch.layers import costs
 from stable_diffusion_scratch.text import (
     DIFFUSERS_NAMES,
     TextConfig,
@@ -103,11 +104,45 @@ SD1_FILE = {
 }
 
 
+# as published with Stable Diffusion 2: the fields in which it differs
+SD2_FILE = SD1_FILE | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+
+
 def test_configuration_round_trip():
     for config in [*CASES.values(), TextConfig.clip_l(), TextConfig.openclip_h()]:
         assert from_diffusers(to_diffusers(config)) == config
         assert from_diffusers(CLIPTextConfig(**to_diffusers(config)).to_dict()) == config
     assert from_diffusers(SD1_FILE) == TextConfig.clip_l()
+    assert replace(from_diffusers(SD2_FILE), pad_id=0) == TextConfig.openclip_h()  # SD 2's tokenizer pads with "!"
+
+
+def test_one_layer_less_is_the_penultimate_through_the_norm():
+    "What Stable Diffusion 2 reads: a checkpoint without its last layer, as diffusers publishes it."
+    config = CASES["as SD 2"]
+    _, theirs = pair(config)
+    ours, ids = TextEncoder(replace(config, layers=config.layers - 1)), ids_of(config)
+    weights = theirs.state_dict()
+    load_diffusers(ours, {n: w for n, w in weights.items() if f"layers.{config.layers - 1}." not in n})
+    with torch.no_grad():
+        states = theirs(ids, output_hidden_states=True).hidden_states
+        expected = torch.nn.functional.layer_norm(
+            states[-2], [config.width], weights["final_layer_norm.weight"], weights["final_layer_norm.bias"]
+        )
+        assert relative(ours(ids), expected) < 1e-5
+
+
+def test_costs_see_the_attention_of_a_text():
+    with torch.device("meta"):
+        bill = costs(TextEncoder(SMALL), torch.zeros(2, 12, dtype=torch.long))
+    seen = {name: cost.flops for name, cost in bill.items() if name.endswith("attention")}
+    assert seen == {f"layers.{k}.attention": 4 * 2 * 12 * 12 * 32 for k in range(3)}
 
 
 @pytest.mark.parametrize(

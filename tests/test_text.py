@@ -1,9 +1,15 @@
-"`text`'s tokenizer: same ids as transformers' CLIPTokenizer on folders that either has written; what is refused."
+"`text`'s tokenizer: same ids as transformers' CLIPTokenizer and as OpenAI's, folders of either; what is refused."
 
+import html
+import importlib.util
 import json
+import sys
+import unicodedata
 import warnings
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from stable_diffusion_scratch.captions import VOCABULARY, captions
 from stable_diffusion_scratch.scenes import sample_scenes
-from stable_diffusion_scratch.text import BYTES, END, LAST, START, Tokenizer, join, learn, letters, words
+from stable_diffusion_scratch.text import BYTES, END, LAST, START, Tokenizer, clean, join, learn, letters, words
 
 GENERATOR = torch.Generator().manual_seed(0)
 CAPTIONS = captions(sample_scenes(300, GENERATOR), GENERATOR, 0.25)
@@ -25,8 +31,25 @@ ODD = [
     "", " ", "\n\t", "a", "A RED Ball", "  a \t red\n\nball ", "it's Bob's; we'LL've 'd", "''s !'s 's", "x²½Ⅷ٣12 3",
     "e\u0301 \u00e9 \u212b", "ΟΔΥΣΣΕΥΣ ΣΑΣ", "İstanbul STRASSE ß ẞ", "a_b __ _1", "a\u00a0b\u2003c\u200bd\u0085e\x1cf",
     "日本語 नमस्ते 😀👩‍🚀", START, END, f"a{END}b {START} red", "<|endoftext>", "!", "hello!! wow!", "a" * 300,
-    "\ufeff\x00\x7f", "१२३ 一二三 ꙮ", "\u0378",
+    "\ufeff\x00\x7f", "१२३ 一二三 ꙮ", "\u0378", "&amp;", "&lt;b&gt; &amp;amp; &#233; &nbsp;x", "a red cube " * 400,
+    "x" * 3000, "\u2003\u3000\u2028\r\v\f", "🇫🇷 👩🏽‍🚀 ☺\ufe0f 1\ufe0f\u20e3", "“curly” ‘quotes’ ﬁnd ﬀ ＦＵＬＬ",
+    "cafÃ© schÃ¶n",
 ]  # fmt: skip
+
+
+def drawn_strings(n: int) -> list[str]:
+    "n different texts of 1 to 60 characters: assigned ones of the whole of Unicode, among English, spaces and marks."
+    random, texts = Random(0), {}
+    assigned = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
+    while len(texts) < n:
+        kinds = [assigned, "abcdefghijklmnopqrstuvwxyz '", " \t\n'!?.,;:-_()0123456789", "éßñıſΣ日本😀🚀&;#"]
+        draw = [random.choice(random.choices(kinds, (1, 4, 2, 1))[0]) for _ in range(random.randint(1, 60))]
+        texts["".join(draw)] = None
+    return list(texts)
+
+
+STRINGS = list(dict.fromkeys([*ODD, PROSE, *VOCABULARY, *CAPTIONS[:200]]))
+STRINGS += drawn_strings(500 - len(STRINGS))
 
 
 def make(pad: str = END, **options) -> Tokenizer:
@@ -111,6 +134,103 @@ def test_folders(pair, tmp_path):
     config.unlink()
     assert Tokenizer.from_folder(tmp_path / "ours").max_length == 77  # and special_tokens_map says how to pad
     assert Tokenizer.from_folder(tmp_path / "ours").pad == ours.pad
+
+
+def openai() -> tuple[Path, type]:
+    "OpenAI's file of merges and their own tokenizer, from a package called clip that carries both, or skip."
+    pytest.importorskip("regex")
+    pytest.importorskip("ftfy")
+    package = importlib.util.find_spec("clip")
+    folder = Path(package.origin).parent if package and package.origin else Path()
+    file, code = folder / "bpe_simple_vocab_16e6.txt.gz", folder / "simple_tokenizer.py"
+    if not (file.is_file() and code.is_file()):
+        pytest.skip("no package here carries OpenAI's vocabulary (clip-anytorch does; it need not import)")
+    spec = importlib.util.spec_from_file_location("simple_tokenizer", code)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return file, module.SimpleTokenizer
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    "CLIP's own tokenizer: ours, transformers' on the folder that ours saved, and OpenAI's code."
+    file, theirs = openai()
+    ours, path = Tokenizer.from_openai(file), tmp_path_factory.mktemp("clip")
+    ours.save(path)
+    return ours, CLIPTokenizer.from_pretrained(path), theirs(str(file))
+
+
+def test_there_are_five_hundred_strings():
+    assert len(STRINGS) == len(set(STRINGS)) == 500
+    assert "" in STRINGS and max(map(len, STRINGS)) > 4000 and sum("&" in text for text in STRINGS) > 5
+    assert any(text and not text.strip() for text in STRINGS) and any("👩" in text for text in STRINGS)
+
+
+def test_five_hundred_strings_as_transformers(pair):
+    """Uncut ids of 500 strings. Where CLIP's vocabulary is not on the machine, this is the honest substitute for the
+    next test: a vocabulary of the same construction, learned here, given to both."""
+    ours, theirs = pair
+    for text, ids in zip(STRINGS, theirs(STRINGS).input_ids, strict=True):
+        assert ours.encode(text) == ids, text
+
+
+@pytest.mark.daily
+def test_five_hundred_strings_with_clips_vocabulary(clips):
+    ours, theirs, _ = clips
+    assert len(ours) == len(theirs) == 49_408 and len(ours.merges) == 48_894
+    assert ours.encode("a photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]
+    for text, ids in zip(STRINGS, theirs(STRINGS).input_ids, strict=True):
+        assert ours.encode(text) == ids, text
+
+
+@pytest.mark.daily
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]) | st.sampled_from(" '!s'tdlm&;#x1_😀"), max_size=40))
+def test_any_text_with_clips_vocabulary(clips, text):
+    ours, theirs, _ = clips
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+def openai_agrees(clips, text: str) -> None:
+    ours, _, theirs = clips
+    ours = Tokenizer(ours.vocab, ours.merges, clean=True)
+    assert ours.encode(text)[1:-1] == theirs.encode(text), text
+
+
+# OpenAI's pattern ignores case, and so takes an apostrophe with the old long s of Fraktur (U+017F) for the ending 's
+@pytest.mark.daily
+def test_cleaning_as_openai_does(clips):
+    for text in STRINGS:
+        openai_agrees(clips, text.replace("ſ", "s"))
+
+
+@pytest.mark.daily
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(
+        st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="ſ") | st.sampled_from(" '&;#x1Ã©“"),
+        max_size=40,
+    )
+)
+@example("&amp;lt;b&amp;gt; cafÃ© “so” ﬁne")
+def test_cleaning_of_any_text_as_openai_does(clips, text):
+    openai_agrees(clips, text)
+
+
+def test_cleaning_is_ftfy_and_two_rounds_of_entities():
+    ftfy = pytest.importorskip("ftfy")
+    for text in STRINGS:
+        assert clean(text) == html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+    dirty = Tokenizer(TOKENIZER.vocab, TOKENIZER.merges, max_length=32)
+    cleaned = Tokenizer(TOKENIZER.vocab, TOKENIZER.merges, max_length=32, clean=True)
+    assert torch.equal(cleaned("&amp;amp; ‘A’ cafÃ©"), dirty("& 'a' café"))
+    assert not torch.equal(dirty("&amp;amp;"), dirty("&"))
+
+
+def test_cleaning_without_ftfy_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match="pip install ftfy"):
+        clean("a")
 
 
 def test_the_layout_of_ids_is_clips():
