@@ -1021,4 +1021,16 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                               'stable_diffusion_scratch.vae.rate_distortion': ( 'vae.html#rate_distortion',
                                                                                                 'stable_diffusion_scratch/vae.py'),
                                               'stable_diffusion_scratch.vae.to_diffusers': ( 'vae.html#to_diffusers',
-                                                                                             'stable_diffusion_scratch/vae.py')}}}
+                                                                                             'stable_diffusion_scratch/vae.py')},
+            'stable_diffusion_scratch.vae_options': { 'stable_diffusion_scratch.vae_options.PatchCritic': ( 'vae_options.html#patchcritic',
+                                                                                                            'stable_diffusion_scratch/vae_options.py'),
+                                                      'stable_diffusion_scratch.vae_options.PatchCritic.__init__': ( 'vae_options.html#patchcritic.__init__',
+                                                                                                                     'stable_diffusion_scratch/vae_options.py'),
+                                                      'stable_diffusion_scratch.vae_options.PatchCritic.forward': ( 'vae_options.html#patchcritic.forward',
+                                                                                                                    'stable_diffusion_scratch/vae_options.py'),
+                                                      'stable_diffusion_scratch.vae_options.adaptive_weight': ( 'vae_options.html#adaptive_weight',
+                                                                                                                'stable_diffusion_scratch/vae_options.py'),
+                                                      'stable_diffusion_scratch.vae_options.critic_loss': ( 'vae_options.html#critic_loss',
+                                                                                                            'stable_diffusion_scratch/vae_options.py'),
+                                                      'stable_diffusion_scratch.vae_options.perceptual_distance': ( 'vae_options.html#perceptual_distance',
+                                                                                                                    'stable_diffusion_scratch/vae_options.py')}}}
