@@ -1,4 +1,4 @@
-"""Posterior collapse under a decoder that can do without latents, and three cures, on the 1,797 digits; three seeds each.
+"""Posterior collapse under a decoder that can do without latents, and three cures, on the 1,797 digits, three seeds.
 
     .venv/bin/python bench/vae_collapse.py                  all variants; writes bench/results/vae_collapse.json
     .venv/bin/python bench/vae_collapse.py --only "in order" --steps 200 --json FILE
@@ -6,7 +6,7 @@
 The encoder reads the 64 pixels and speaks with eight numbers. The decoder predicts each pixel as a normal with a
 variance of its own, from the latents and, but for the first variant, from the pixels before it. The loss is the ELBO in
 nats (pixels have the noise that fills a grey level). Judged on the 297 held-out digits: rate, active units, the ELBO,
-and how often a linear map tells the digit from one sample of the latents. Two minutes on one core.
+and how often a linear map tells the digit from one sample of the latents. A minute on one core.
 """
 
 import argparse

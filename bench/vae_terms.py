@@ -90,13 +90,13 @@ def teach(vae: VAE, weights: tuple[float, float], x: Tensor, features, seed: int
             z = vae.encode(real).sample(generator)
         fake = vae.decode(z)
         loss = squared = ((fake - real) ** 2).mean()
-        terms = [(weights[0], lambda: perceptual_distance(features, fake, real).mean())]
-        if step >= ALONE * steps:
-            terms.append((weights[1], lambda: -critic(fake).mean()))
-        for weight, term in terms:
-            if weight:
-                value = term()
-                loss = loss + weight * adaptive_weight(squared, value, vae.decoder.conv_out.weight) * value
+        terms = []
+        if weights[0]:
+            terms.append((weights[0], perceptual_distance(features, fake, real).mean()))
+        if weights[1] and step >= ALONE * steps:
+            terms.append((weights[1], -critic(fake).mean()))
+        for weight, value in terms:
+            loss = loss + weight * adaptive_weight(squared, value, vae.decoder.conv_out.weight) * value
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
