@@ -263,7 +263,8 @@ def rate_distortion(
 # %% ../nbs/08_vae.ipynb #e2beb8ea
 def free_bits(moments: Moments, floor: float) -> Float[Tensor, ""]:
     """The mean rate of the batch, in nats, with at least `floor` nats charged for each number of
-    the latents, said or not (Kingma 2016, appendix C.8). With floor 0, the mean of `moments.kl()`."""
+    the latents, said or not (Kingma 2016, appendix C.8).
+    With floor 0, the mean of `moments.kl()`."""
     return unit_rates(moments).clamp(min=floor).sum()
 
 # %% ../nbs/08_vae.ipynb #342c837d

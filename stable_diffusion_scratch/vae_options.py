@@ -175,7 +175,7 @@ class Quantized(NamedTuple):
 
 
 class Codebook(nn.Module):
-    "`size` vectors of `channels` numbers, and the nearest of them for every place (van den Oord 2017)."
+    "`size` vectors of `channels` numbers; the nearest for every place (van den Oord 2017)."
 
     def __init__(self, size: int, channels: int):
         super().__init__()
@@ -203,7 +203,7 @@ class Codebook(nn.Module):
     def revive(
         self, z: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
     ) -> Int[Tensor, " k"]:
-        "Move the words that no place of z has chosen onto places of z drawn at random; their indices."
+        "Move the words that no place of z chooses onto places of z drawn at random; their indices."
         used = torch.bincount(self.nearest(z).flatten(), minlength=len(self.words)) > 0
         idle = (~used).nonzero().flatten()
         rows = rearrange(z, "b c h w -> (b h w) c")
