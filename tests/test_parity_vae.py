@@ -106,7 +106,12 @@ def test_configuration_round_trip():
         ({"chanels": 3}, r"unknown fields \['chanels'\]"),
         ({"norm_num_groups": 33}, "multiples of groups = 33"),
         ({"scaling_factor": 0.0}, "VAEConfig.scale must be positive"),
-        ({"latent_channels": 0}, "VAEConfig.latent_channels"),
+        ({"latent_channels": 0}, "VAEConfig.latent_channels must be a positive integer, got 0"),
+        ({"layers_per_block": True}, "VAEConfig.layers must be a positive integer, got True"),
+        ({"scaling_factor": float("inf")}, "VAEConfig.scale must be positive and finite, got inf"),
+        ({"shift_factor": float("nan")}, "VAEConfig.shift must be finite, got nan"),
+        ({"mid_block_add_attention": 1}, "VAEConfig.attention must be True or False, got 1"),
+        ({"block_out_channels": []}, "VAEConfig.channels must be positive multiples"),
     ],
 )
 def test_a_configuration_that_is_refused(change, complaint):
@@ -122,6 +127,10 @@ def test_calls_that_are_refused():
         vae.encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(ValueError, match=r"z should have shape \[\* 4 \* \*\], got \[1, 3, 4, 4\]"):
         vae.decode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"x is torch\.float64, the weights of VAE are torch\.float32"):
+        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"z is torch\.uint8, the weights of VAE are torch\.float32"):
+        vae.decode(torch.zeros(1, 4, 4, 4, dtype=torch.uint8))
 
 
 def test_old_names_of_attention():
