@@ -190,11 +190,14 @@ def batch_loss(
 # %% ../nbs/16_judge.ipynb #300ff70d
 @torch.no_grad()
 def read(
-    judge: Judge, pictures: Float[Tensor, "b 3 64 64"], chunk: int = 256
+    judge: Judge, pictures: Float[Tensor, "b 3 64 64"], chunk: int = 256, temperature: float = 1.0
 ) -> dict[str, Float[Tensor, "b ..."]]:
-    "Probabilities of all answers: `count` [b 4], `relation` [b 2], `size` [b 2 2], ..."
+    """Probabilities of all answers: `count` [b 4], `relation` [b 2], `size` [b 2 2], ...
+
+    `temperature`: logits are divided by it; more is less sure, and the likeliest stays so."""
     parts = [judge(part) for part in pictures.split(chunk)]
-    return {q: torch.cat([part[q] for part in parts]).softmax(-1) for q in QUESTIONS}
+    logits = {q: torch.cat([part[q] for part in parts]) for q in QUESTIONS}
+    return {q: (z / temperature).softmax(-1) for q, z in logits.items()}
 
 
 def describe_answers(answers: Answers) -> list[Description | None]:
