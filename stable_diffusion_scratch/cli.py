@@ -461,7 +461,13 @@ def table(found: Mapping) -> str:
             "{value:.1f} ({low:.1f} to {high:.1f})".format(**found["vae"]["psnr"]),
         )
     )
-    return "\n".join("".join(f"{word or '':<26}" for word in row).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        width = 22 if len(row) > 3 else 28
+        lines.append(
+            "".join(f"{x or '':<{width if k else 24}}" for k, x in enumerate(row)).rstrip()
+        )
+    return "\n".join(lines)
 
 
 def percent(share: float, *interval: float) -> str:

@@ -351,7 +351,7 @@ def set_distances(
     a, b = features(judge, real), features(judge, painted)
     return {
         "frechet distance": jackknife(frechet_distance, a, b),
-        "frechet distance, extrapolated": jackknife(extrapolated, a, b),
+        "frechet extrapolated": jackknife(extrapolated, a, b),
         "kernel distance": jackknife(kernel_distance, a, b),
         "precision": share(within_reach(b, a).tolist()),
         "recall": share(within_reach(a, b).tolist()),

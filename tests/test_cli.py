@@ -383,7 +383,7 @@ def test_evaluate_prints_a_table_and_writes_its_numbers(model, here, capsys):
     assert said.err == "" and names(here) == ["found.json"]
     assert [line.split("  ")[0] for line in lines] == [
         "right, in %", "seen combinations", "all", "all, corrected", "count", "size", "color", "material", "shape",
-        "relation", "accepts wrong", "", "against real pictures", "frechet distance", "frechet distance, extrapolated",
+        "relation", "accepts wrong", "", "against real pictures", "frechet distance", "frechet extrapolated",
         "kernel distance", "precision, %", "recall, %", "diversity in a prompt", "PSNR of the VAE, dB",
     ]  # fmt: skip
     assert found["prompts"] == 4 and found["judge"]["all"]["of"] == 2000
