@@ -6,7 +6,8 @@
 __all__ = ['prompt_set', 'prompt_kinds', 'is_new', 'compare', 'wilson', 'share', 'tabulate', 'corrected', 'near_miss',
            'own_error', 'stated_error', 'prompt_accuracy', 'reliability', 'calibration_error', 'decoded',
            'fit_temperature', 'features', 'moments', 'frechet_distance', 'kernel_distance', 'extrapolated', 'jackknife',
-           'within_reach', 'precision_recall', 'diversity', 'variety', 'psnr', 'renders', 'set_distances', 'report']
+           'within_reach', 'precision_recall', 'diversity', 'variety', 'psnr', 'latent_bits', 'renders',
+           'set_distances', 'report']
 
 # %% ../nbs/16b_evaluation.ipynb #1cdc707e
 import itertools
@@ -25,7 +26,9 @@ from stable_diffusion_scratch.captioner import (
     truth,
 )
 from .captions import Description, caption, describe, encode
+from .denoisers import Denoiser, bits_per_dim, bound_terms, grid_decoder
 from .layers import check_shape
+from .pipeline import StableDiffusion
 from stable_diffusion_scratch.scenes import (
     ATTRIBUTES,
     HELD_OUT,
@@ -330,6 +333,29 @@ def variety(features: Float[Tensor, "p m d"]) -> float:
 def psnr(a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     "Peak signal-to-noise ratio of pictures in [-1, 1], in decibel: 10 log10(2^2 / mean square)."
     return 10 * (4 / ((a - b) ** 2).flatten(1).mean(1)).log10()
+
+# %% ../nbs/16b_evaluation.ipynb #1f2d9e7e
+@torch.no_grad()
+def latent_bits(
+    pipe: StableDiffusion,
+    latents: Float[Tensor, "b c h w"],
+    prompts: Sequence[str],
+    levels: int = 32,
+    width: float = 1 / 16,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, " b"]:
+    """An upper bound on the bits per latent number of these latents given these prompts, rounded to
+    multiples of `width` within [-128 width, 128 width]: one draw of the noise at each of `levels`
+    noise levels, equally spaced in log-SNR (`denoisers.bound_terms`; more levels, less bits)."""
+    process, grid = pipe.process, width * torch.arange(-128, 129)
+    x0 = (latents / width).round().clamp(-128, 128) * width
+    ends = process.noise_level(torch.tensor([0.0, len(process.betas) - 1], dtype=torch.float64))
+    sigmas = torch.logspace(*ends.log10().tolist(), levels, dtype=torch.float64)
+    denoise = Denoiser(pipe.unet, process, pipe.schedule.kind)
+    context = pipe.encode_prompt(prompts)
+    times, last = process.time(sigmas), grid_decoder(grid)
+    nats = bound_terms(denoise, process, x0, times, last, context, generator).sum(1)
+    return bits_per_dim(nats, x0)
 
 # %% ../nbs/16b_evaluation.ipynb #5302b5ea
 def renders(
