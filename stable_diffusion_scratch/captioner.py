@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'QUESTIONS', 'Answers', 'JUDGE', 'truth', 'scatter', 'JudgeConfig', 'block', 'Judge', 'judge_loss',
            'augment', 'batch_loss', 'read', 'describe_answers', 'describe_picture', 'confidence', 'save_judge',
-           'load_judge']
+           'load_judge', 'surest', 'Written', 'say', 'write_captions', 'caption_folder']
 
 # %% ../nbs/16_judge.ipynb #334db4d2
 import json
@@ -14,13 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from .captions import Description
+from .captions import Description, caption
+from .data import folder_rows, square
 from .layers import check_shape
 from stable_diffusion_scratch.scenes import (
     AREA,
@@ -31,6 +34,7 @@ from stable_diffusion_scratch.scenes import (
     Scenes,
     clearly_visible,
 )
+from .training import whole_file
 from torch import Tensor, nn
 
 # %% ../nbs/16_judge.ipynb #918b104b
@@ -190,11 +194,14 @@ def batch_loss(
 # %% ../nbs/16_judge.ipynb #300ff70d
 @torch.no_grad()
 def read(
-    judge: Judge, pictures: Float[Tensor, "b 3 64 64"], chunk: int = 256
+    judge: Judge, pictures: Float[Tensor, "b 3 64 64"], chunk: int = 256, temperature: float = 1.0
 ) -> dict[str, Float[Tensor, "b ..."]]:
-    "Probabilities of all answers: `count` [b 4], `relation` [b 2], `size` [b 2 2], ..."
+    """Probabilities of all answers: `count` [b 4], `relation` [b 2], `size` [b 2 2], ...
+
+    `temperature`: logits are divided by it; more is less sure, and the likeliest stays so."""
     parts = [judge(part) for part in pictures.split(chunk)]
-    return {q: torch.cat([part[q] for part in parts]).softmax(-1) for q in QUESTIONS}
+    logits = {q: torch.cat([part[q] for part in parts]) for q in QUESTIONS}
+    return {q: (z / temperature).softmax(-1) for q, z in logits.items()}
 
 
 def describe_answers(answers: Answers) -> list[Description | None]:
@@ -251,3 +258,97 @@ def load_judge(folder: str | Path | None = None) -> Judge:
     judge = Judge(JudgeConfig(**json.loads((folder / "config.json").read_text())))
     judge.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return judge.eval()
+
+# %% ../nbs/16_judge.ipynb #8048bdd3
+def surest(chances: Sequence[float], threshold: float) -> list[int]:
+    "The most facts of which all are right with this chance or more, if they are independent."
+    kept: list[int] = []
+    for k in sorted(range(len(chances)), key=lambda k: -chances[k]):
+        threshold /= max(chances[k], 1e-12)
+        if threshold > 1:
+            break
+        kept.append(k)
+    return sorted(kept)
+
+# %% ../nbs/16_judge.ipynb #3b5bcd04
+class Written(NamedTuple):
+    "A caption and what it means (None: silent), and the chance that all of it is right."
+
+    caption: str | None
+    description: Description | None
+    sure: float
+
+
+def say(
+    probabilities: Answers, threshold: float = 0.8, generator: torch.Generator | None = None
+) -> list[Written]:
+    """For each picture that was `read`, a caption that says as much as is right with chance
+    `threshold` or more; none where it is not sure how many objects there are, or of nothing about
+    one of them. With a generator the captions are paraphrased."""
+    best = {q: p.max(-1) for q, p in probabilities.items()}
+    found = []
+    for i in range(len(probabilities["count"])):
+        count, sure = best["count"].indices[i].item(), best["count"].values[i].item()
+        facts = [(name, n) for n in range(count) for name in ATTRIBUTES] if count < 3 else []
+        chances = [best[name].values[i, n].item() for name, n in facts]
+        chances += [best["relation"].values[i].item()] * (count == 2)
+        kept = surest(chances, threshold / sure) if sure >= threshold else []
+        things = [[None] * 4 for _ in range(count if facts else 0)]
+        for k in kept:
+            sure *= chances[k]
+            if k < len(facts):
+                name, n = facts[k]
+                value = ATTRIBUTES[name][best[name].indices[i, n]]
+                things[n][list(ATTRIBUTES).index(name)] = value
+        if not things or not all(map(any, things)):
+            found.append(Written(None, None, sure))
+            continue
+        relation = RELATIONS[best["relation"].indices[i]] if len(facts) in kept else None
+        said = Description(tuple(map(tuple, things)), relation)
+        found.append(Written(caption(said, generator), said, sure))
+    return found
+
+
+def write_captions(
+    judge: Judge,
+    pictures: Float[Tensor, "b 3 64 64"],
+    threshold: float = 0.8,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[Written]:
+    "What the judge has to `say` about pictures, read at this temperature."
+    return say(read(judge, pictures, temperature=temperature), threshold, generator)
+
+# %% ../nbs/16_judge.ipynb #a40c0434
+def caption_folder(
+    folder: str | Path, judge: Judge | None = None, threshold: float = 0.8, temperature: float = 1.0
+) -> dict[str, Written]:
+    """Write captions for the pictures in a folder that have none in its `metadata.jsonl`, and put
+    them there with a key "sure"; what is there already, and the pictures, stay as they are.
+
+    Returns what was written by file name; pictures with an empty caption there remain without.
+    ValueError if there is nothing to caption, or the file cannot be read."""
+    folder, judge = Path(folder), judge or load_judge()
+    index, lines = folder / "metadata.jsonl", []
+    if index.is_file():
+        list(folder_rows(folder))  # which names the line that it cannot read
+        lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in lines if json.loads(line).get("text")]
+    known = {json.loads(line)["file_name"] for line in lines}
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in kinds)
+    names = [name for name in names if name not in known]
+    if not names:
+        raise ValueError(f"{folder}: no picture without a caption ({', '.join(kinds)})")
+    pictures = []
+    for name in names:
+        with Image.open(folder / name) as opened:
+            pictures.append(square(opened, 64))
+    x = torch.stack(pictures).float() / 127.5 - 1
+    written = dict(zip(names, write_captions(judge, x, threshold, temperature), strict=True))
+    for name, w in written.items():
+        row = {"file_name": name, "text": w.caption, "sure": round(w.sure, 4)}
+        lines += [json.dumps(row, ensure_ascii=False)] * (w.caption is not None)
+    with whole_file(index) as part:
+        part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return written

@@ -1,9 +1,13 @@
 """The judge: what must hold for any weights and any scenes, and what the bundled weights can do."""
 
 import json
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch.testing import assert_close
 
 from stable_diffusion_scratch import captioner
@@ -12,6 +16,7 @@ from stable_diffusion_scratch.captioner import (
     Judge,
     JudgeConfig,
     augment,
+    caption_folder,
     confidence,
     describe_answers,
     describe_picture,
@@ -19,10 +24,14 @@ from stable_diffusion_scratch.captioner import (
     load_judge,
     read,
     save_judge,
+    say,
     scatter,
+    surest,
     truth,
+    write_captions,
 )
-from stable_diffusion_scratch.captions import Description, describe
+from stable_diffusion_scratch.captions import Description, describe, parse
+from stable_diffusion_scratch.data import folder_rows, gather
 from stable_diffusion_scratch.scenes import ATTRIBUTES, SHAPE, Scenes, clearly_visible, render, sample_scenes
 
 
@@ -100,6 +109,104 @@ def test_answers_outside_what_can_be_said_are_none():
                for q in QUESTIONS} | {"count": torch.arange(4)}  # fmt: skip
     thing = ("small", "red", "rubber", "sphere")
     assert describe_answers(answers) == [None, Description((thing,)), Description((thing, thing), "left of"), None]
+
+
+@given(st.lists(st.floats(0.01, 1), max_size=9), st.floats(0.05, 1.0))
+@settings(deadline=None)
+def test_the_surest_facts_are_the_most_that_are_sure_enough(chances, threshold):
+    kept = surest(chances, threshold)
+    assert kept == sorted(set(kept)) and (not kept or math.prod(chances[k] for k in kept) >= threshold * (1 - 1e-9))
+    more = sorted(chances, reverse=True)[: len(kept) + 1]
+    assert len(more) == len(kept) or math.prod(more) < threshold * (1 + 1e-9)
+
+
+def certain(count, /, **doubts):
+    "Probabilities of one picture: answer 0 to every question, sure of it but for some doubts."
+    p = {}
+    for question, names in QUESTIONS.items():
+        shape = (1, *((2,) if question in ATTRIBUTES else ()), len(names))
+        sure = doubts.get(question, 1.0)
+        p[question] = torch.full(shape, (1 - sure) / (len(names) - 1))
+        p[question][..., 0] = sure
+    if "count" not in doubts:
+        p["count"] = torch.eye(len(QUESTIONS["count"]))[count][None]
+    return p
+
+
+def test_what_is_doubtful_is_left_unsaid():
+    assert say(certain(1)) == [("a small red rubber sphere", Description((("small", "red", "rubber", "sphere"),)), 1)]
+    (w,) = say(certain(1, material=0.6), 0.8)
+    assert w.caption == "a small red sphere" and w.sure == 1 and parse(w.caption) == w.description
+    (w,) = say(certain(1, shape=0.5, material=0.6), 0.8)
+    assert w.caption == "a small red object"
+    (w,) = say(certain(1, size=0.9, color=0.9), 0.8)
+    assert w.caption == "a small red rubber sphere" and w.sure == pytest.approx(0.81)
+    (w,) = say(certain(1, size=0.9, color=0.9), 0.85)
+    assert w.sure == pytest.approx(0.9) and sum(v is None for v in w.description.things[0]) == 1
+    (w,) = say(certain(2, relation=0.5), 0.8)
+    assert w.description.relation is None and len(w.description.things) == 2
+
+
+def test_silent_where_nothing_is_sure_or_nothing_can_be_said():
+    nothing = dict.fromkeys(ATTRIBUTES, 0.3)
+    for p in (certain(0), certain(3), certain(1, **nothing), certain(1, count=0.5)):
+        (w,) = say(p)
+        assert w.caption is None and w.description is None and 0 <= w.sure <= 1
+
+
+def test_paraphrases_mean_the_same(judge):
+    ways = {say(certain(2), generator=seeded(k))[0].caption for k in range(20)}
+    assert len(ways) > 10 and {parse(way) for way in ways} == {say(certain(2))[0].description}
+    assert write_captions(judge, torch.zeros(0, 3, 64, 64)) == []
+
+
+@pytest.fixture
+def album(tmp_path):
+    "Four pictures, of which people have captioned one."
+    if not (captioner.JUDGE / "model.safetensors").exists():
+        pytest.skip("the judge's weights are not in this copy")
+    scenes = sample_scenes(3, seeded(11), "all", 1)
+    for k, picture in enumerate(render(scenes)):
+        pixels = ((picture + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).resize((128, 128)).save(tmp_path / f"{k}.png")
+    Image.new("RGB", (64, 64), (90, 20, 200)).save(tmp_path / "wall.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    mine = {"file_name": "0.png", "text": "mein erstes Bild: schön", "by": "me"}
+    empty = {"file_name": "1.png", "text": ""}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(mine) + "\n\n" + json.dumps(empty) + "\n")
+    return tmp_path, mine, describe(scenes)
+
+
+def test_a_folder_gets_captions_where_it_had_none(album):
+    folder, mine, truths = album
+    before = (folder / "1.png").read_bytes()
+    written = caption_folder(folder, threshold=0.5)
+    assert list(written) == ["1.png", "2.png", "wall.jpg"] and (folder / "1.png").read_bytes() == before
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    said = {name: w for name, w in written.items() if w.caption}
+    assert lines[0] == mine and [line["file_name"] for line in lines[1:]] == list(said)
+    assert {"1.png", "2.png"} <= set(said) and all(said[f"{k}.png"].description.fits(truths[k]) for k in (1, 2))
+    assert all(line["sure"] == pytest.approx(said[line["file_name"]].sure, abs=1e-4) for line in lines[1:])
+    assert gather(folder_rows(folder), 64).captions[1:] == [w.caption for w in said.values()]
+
+
+def test_a_threshold_of_one_writes_nothing_and_a_full_folder_is_refused(album):
+    folder, mine, _ = album
+    assert all(w.caption is None for w in caption_folder(folder, threshold=1.01).values())
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [mine]
+    for name in ("1.png", "2.png", "wall.jpg"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="no picture without a caption"):
+        caption_folder(folder)
+
+
+def test_a_folder_with_a_line_that_cannot_be_read_is_left_alone(album):
+    folder, _, _ = album
+    (folder / "metadata.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="line 1"):
+        caption_folder(folder)
+    assert (folder / "metadata.jsonl").read_text() == "nonsense\n"
 
 
 def test_loss_asks_only_what_has_an_answer(judge):

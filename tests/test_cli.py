@@ -449,17 +449,32 @@ def test_ten_captions_from_the_digits(here, capsys):
 
 @pytest.mark.daily
 def test_evaluate_prints_a_table_and_writes_its_numbers(model, here, capsys):
-    words = ["--prompts", "6", "--steps", "1", "--json", "found.json", "--model", str(model)]
+    words = ["--prompts", "4", "--steps", "1", "--json", "found.json", "--model", str(model)]
     assert cli.main(["evaluate", *words]) == 0
     said = capsys.readouterr()
     lines, found = said.out.splitlines(), json.loads((here / "found.json").read_text())
     assert said.err == "" and names(here) == ["found.json"]
     assert [line.split("  ")[0] for line in lines] == [
-        "right, in %", "all", "all, corrected", "count", "size", "color", "material", "shape", "relation",
-        "accepts wrong",
+        "right, in %", "seen combinations", "all", "all, corrected", "count", "size", "color", "material", "shape",
+        "relation", "accepts wrong", "", "against real pictures", "frechet distance", "frechet extrapolated",
+        "kernel distance", "precision, %", "recall, %", "diversity in a prompt", "PSNR of the VAE, dB",
     ]  # fmt: skip
-    assert found["prompts"] == 6 and found["one object"]["all"]["of"] == 3
-    assert found["two objects"]["relation"]["of"] == 3 and found["judge"]["all"]["of"] == 2000
+    assert found["prompts"] == 4 and found["judge"]["all"]["of"] == 2000
+    assert all(found[kind]["all"]["of"] == 4 for kind in ("one object", "two objects", "held out"))
+    assert found["two objects"]["relation"]["of"] == 4 and found["held out"]["relation"]["of"] == 2
+    for side in ("painted", "real again"):
+        for row in (*found["quality"][side].values(), found["diversity"][side], found["vae"]["psnr"]):
+            assert row["low"] <= row.get("share", row.get("value")) <= row["high"]
+
+
+def test_an_interrupted_evaluation_writes_nothing(model, here, monkeypatch, capsys):
+    def interrupted(*words, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "paint_all", interrupted)
+    assert cli.main(["evaluate", "--json", "found.json", "--model", str(model)]) == 130
+    said = capsys.readouterr()
+    assert said.out == "" and "interrupted" in said.err and names(here) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,12 @@
 """Evaluation: what is measured agrees with other libraries, and holds for any description."""
 
+import contextlib
+import importlib
+import importlib.util
 import json
+import math
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,23 +15,37 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from stable_diffusion_scratch import evaluation
-from stable_diffusion_scratch.captioner import Judge, scatter
+from stable_diffusion_scratch.captioner import QUESTIONS, Judge, read, scatter, truth
 from stable_diffusion_scratch.captions import Description, parse
 from stable_diffusion_scratch.evaluation import (
+    calibration_error,
     compare,
     corrected,
+    decoded,
     diversity,
+    extrapolated,
     features,
+    fit_temperature,
     frechet_distance,
+    is_new,
+    jackknife,
     kernel_distance,
     near_miss,
     own_error,
+    precision_recall,
     prompt_accuracy,
+    prompt_kinds,
     prompt_set,
     psnr,
+    reliability,
+    report,
+    stated_error,
     tabulate,
+    variety,
     wilson,
+    within_reach,
 )
+from stable_diffusion_scratch.leaderboard import stand_ins
 from stable_diffusion_scratch.scenes import ATTRIBUTES, HELD_OUT, RELATIONS, render, sample_scenes
 
 
@@ -162,7 +182,191 @@ def test_kernel_distance_has_no_bias_and_sees_a_shift():
     assert kernel_distance(torch.randn(500, 4, generator=g), torch.randn(500, 4, generator=g) + 1) > 1
 
 
+CLOUDS = [(200, 200, 5), (300, 300, 32), (120, 150, 40)]  # pictures on either side, features
+
+
+def clouds(n: int, m: int, d: int):
+    "Features of two sets that differ, neither round nor centred."
+    a = torch.randn(n, d, generator=seeded(n)).double() @ torch.randn(d, d, generator=seeded(1)).double() / d**0.5
+    return a + 0.5, torch.randn(m, d, generator=seeded(m + 1)).double().abs()
+
+
+@contextlib.contextmanager
+def peer(package: str, modules: list[str], *unused: str):
+    """Modules of a peer, for their formulas alone: what else they import (its `unused` modules, of networks and files,
+    which ask for torchvision) is empty. Skipped where there is no such peer."""
+    pytest.importorskip("scipy")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package} here")
+    with stand_ins(package):
+        for name in unused:
+            sys.modules[f"{package}.{name}"] = MagicMock(__all__=[], __spec__=None)
+        yield [importlib.import_module(f"{package}.{module}") for module in modules]
+
+
+@pytest.mark.parametrize("shape", CLOUDS)
+def test_the_four_distances_are_torch_fidelitys(shape):
+    a, b = clouds(*shape)
+    with peer("torch_fidelity", ["metric_fid", "metric_kid", "metric_prc"], "utils") as modules:
+        fid, kid, prc = modules
+    stats = [fid.fid_features_to_statistics(x) for x in (a, b)]
+    theirs = fid.fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+
+    least = min(len(a), len(b))
+    kernel = dict(kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
+    theirs = kid.kernel_mmd(a[:least].numpy(), b[:least].numpy(), **kernel)
+    assert kernel_distance(a[:least], b[:least]) == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+
+    options = dict(prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=False, verbose=False)
+    theirs = prc.prc_features_to_metric(b, a, **options)  # painted, real
+    assert precision_recall(a, b) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")
+@pytest.mark.parametrize("shape", CLOUDS)
+def test_both_distances_are_clean_fids(shape):
+    a, b = clouds(*shape)
+    with peer("cleanfid", ["fid"], "utils", "features", "resize", "downloads_helper", "wrappers") as modules:
+        (module,) = modules
+    statistics = [value.numpy() for x in (a, b) for value in (x.mean(0), torch.cov(x.T))]
+    assert frechet_distance(a, b) == pytest.approx(module.frechet_distance(*statistics), rel=1e-6, abs=1e-6)
+    least = min(len(a), len(b))
+    theirs = module.kernel_distance(a[:least].numpy(), b[:least].numpy(), num_subsets=1, max_subset_size=least)
+    assert kernel_distance(a[:least], b[:least]) == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+
+
+def test_precision_and_recall_by_a_naive_loop_and_at_the_extremes():
+    real, painted = clouds(40, 30, 3)
+    distance = lambda x, y: math.dist(x.tolist(), y.tolist())  # noqa: E731
+
+    def inside(x, of, k=3):
+        return any(distance(x, y) <= sorted(distance(y, z) for z in of)[k] for y in of)
+
+    naive = [sum(inside(x, of) for x in xs) / len(xs) for xs, of in ((painted, real), (real, painted))]
+    assert precision_recall(real, painted) == pytest.approx(naive)
+    assert precision_recall(real, real) == (1, 1) and precision_recall(real, real + 1e6) == (0, 0)
+    one_place = real[:1] + 1e-9 * torch.randn(30, 3, generator=seeded(9)).double()
+    assert precision_recall(real, one_place)[0] == 1 and precision_recall(real, one_place)[1] < 0.1
+    with pytest.raises(ValueError, match="3 points have no neighbour number 3"):
+        within_reach(real, real[:3])
+
+
+def test_what_is_extrapolated_loses_the_surplus_of_equals():
+    pairs = torch.randn(100, 2, 200, 6, generator=seeded(5)).double()
+    plain, mended = (torch.tensor([f(*pair) for pair in pairs]) for f in (frechet_distance, extrapolated))
+    assert abs(mended.mean()) < 0.2 * plain.mean()
+
+
+@given(st.integers(2, 60), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_the_jackknife_of_a_mean_is_the_textbooks(n, seed):
+    x = torch.randn(n, generator=seeded(seed)).double()
+    row = jackknife(lambda x: x.mean().item(), x, groups=n)
+    assert (row["high"] - row["low"]) / 3.92 == pytest.approx((x.var() / n).sqrt().item(), abs=1e-9)
+    assert row["value"] == pytest.approx(x.mean().item())
+
+
+def test_calibration_of_a_forecast_that_is_right_and_of_one_that_is_too_sure():
+    sure = torch.rand(20_000, generator=seeded(6))
+    right = torch.rand(20_000, generator=seeded(7)) < sure
+    assert calibration_error(sure, right) < 0.02
+    assert calibration_error(sure.sqrt(), right) == pytest.approx((sure.sqrt() - sure).mean().item(), abs=0.02)
+    rows = reliability(sure, right, [0.0, 0.5, 1.0])
+    assert sum(row["of"] for row in rows) == 20_000 and rows[0]["sure"] < 0.5 < rows[1]["sure"]
+    assert calibration_error(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 0
+
+
+def test_the_fitted_temperature_makes_the_truth_likeliest():
+    scenes = sample_scenes(40, seeded(8), "all")
+    answers, noise = truth(scenes), seeded(9)
+    logits = {}  # of a judge that often errs, and is far too sure of it
+    for question, names in QUESTIONS.items():
+        right = torch.nn.functional.one_hot(answers[question].clamp(min=0), len(names)).float()
+        logits[question] = 8 * (right + torch.randn(right.shape, generator=noise))
+
+    def judge(pictures):
+        return logits
+
+    def loss(temperature):
+        total = 0.0
+        for question, p in read(judge, torch.zeros(1, 1), temperature=temperature).items():
+            y = answers[question].flatten()
+            q = p.flatten(0, -2)[torch.arange(len(y)), y.clamp(min=0)]
+            total -= q[y >= 0].double().log().sum().item()
+        return total
+
+    best = fit_temperature(judge, torch.zeros(1, 1), answers)
+    assert 4 < best < 16
+    assert loss(best) < min(loss(0.9 * best), loss(1.1 * best), loss(1.0))
+    plain, hot = (read(judge, torch.zeros(1, 1), temperature=t) for t in (1.0, best))
+    assert all(torch.equal(plain[q].argmax(-1), hot[q].argmax(-1)) for q in QUESTIONS)
+
+
+def test_stated_errors_by_look_and_kind(tmp_path):
+    for kind, least in (("one object", 0.98), ("two objects", 0.95)):
+        assert stated_error(look="rendered", kind=kind)["all"]["share"] >= least
+        assert stated_error(look="decoded", kind=kind)["all"]["of"] > 0
+    assert set(stated_error()) == {"all", "count", *ATTRIBUTES, "relation", "accepts_wrong"}
+    (tmp_path / "error.json").write_text(json.dumps({"all": {"share": 1.0}}))
+    assert stated_error(tmp_path) == {"all": {"share": 1.0}}
+    with pytest.raises(ValueError, match="book.py bench judge"):
+        stated_error(tmp_path, "decoded")
+
+
+def test_kinds_of_prompts():
+    kinds = prompt_kinds(20, seed=3)
+    assert list(kinds) == ["one object", "two objects", "held out"]
+    sizes = {kind: {len(m.things) for m in means} for kind, (_, means) in kinds.items()}
+    assert sizes == {"one object": {1}, "two objects": {2}, "held out": {1, 2}}
+    assert all(map(is_new, kinds["held out"][1])) and not all(map(is_new, kinds["one object"][1]))
+    assert kinds["one object"] == prompt_set(20, 1, 3)
+
+
+@pytest.mark.daily
+def test_a_report_of_the_painter_that_renders_what_it_reads():
+    judge = evaluation_judge()
+    calls = []
+
+    def painter(prompts, seed, title):
+        calls.append((len(prompts), title))
+        return evaluation.renders([parse(prompt) for prompt in prompts], seed + 50)
+
+    found = report(painter, judge, 12, errors={"one object": stated_error()})
+    assert calls == [(12, "one object"), (12, "two objects"), (12, "held out"), (4 * 2, "diversity")]
+    assert json.loads(json.dumps(found)) == found
+    assert all(found[kind]["all"]["share"] > 0.8 for kind in prompt_kinds(1))
+    assert "corrected" in found["one object"]["all"] and "corrected" not in found["two objects"]["all"]
+    assert found["one object"]["seen combinations"]["of"] < 12
+    assert 0.5 < found["diversity"]["painted"]["value"] / found["diversity"]["real again"]["value"] < 2
+
+
+def evaluation_judge():
+    from stable_diffusion_scratch import captioner
+
+    if not (captioner.JUDGE / "model.safetensors").exists():
+        pytest.skip("the judge's weights are not in this copy")
+    return captioner.load_judge()
+
+
+def test_decoded_pictures_are_pictures():
+    from stable_diffusion_scratch.vae import VAE, VAEConfig
+
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(channels=(8, 8), layers=1, groups=4, latent_channels=2)).eval()
+    x = torch.rand(3, 3, 16, 16, generator=seeded(1)) * 2 - 1
+    assert_close(decoded(vae, x, chunk=2), vae.decode(vae.encode(x).mean).clamp(-1, 1).detach())
+
+
+def test_variety_is_the_mean_diversity_of_the_prompts():
+    f = torch.randn(6, 4, 3, generator=seeded(4))
+    within = (f.double() - f.double().mean(1, keepdim=True)).square().sum((1, 2)) / 3
+    assert variety(f) == pytest.approx((2 * within.mean()).sqrt().item())
+    assert variety(f[:1]) == pytest.approx(diversity(f[0]))
+
+
 def test_psnr_and_diversity():
+
     x = torch.zeros(2, 3, 8, 8)
     assert_close(psnr(x, x + 0.2), torch.full((2,), 20.0))
     f = torch.randn(50, 3, generator=seeded(4)).double()
