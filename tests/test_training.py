@@ -17,11 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stable_diffusion_scratch import training
 from stable_diffusion_scratch.recipe import CHUNK, make, read_config, scene_set
+from stable_diffusion_scratch.scenes import sample_scenes
 from stable_diffusion_scratch.training import (
     STEPS_PER_SEED,
     Run,
@@ -488,8 +489,14 @@ def tiny_config() -> dict:
 
 @pytest.fixture(scope="module")
 def scenes_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    scene_set(folder, CHUNK)
+    "A file of true scenes with pictures of noise: to render them takes longer than all that is tested with them."
+    folder, generator = tmp_path_factory.mktemp("scenes"), step_generator(0, 0)
+    scenes = sample_scenes(CHUNK, generator, "train")
+    pictures = torch.randint(256, (CHUNK, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    tensors = {"pictures": pictures} | {name: value.contiguous() for name, value in vars(scenes).items()}
+    save_file(tensors, folder / "train-seed0-0000.safetensors")
+    read, _ = scene_set(folder, CHUNK)
+    assert torch.equal(read, pictures)  # found, not rendered anew
     return folder
 
 
