@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("book", "dev", "docs")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "book", "dev", "docs")}
 
 setup(
     name=cfg["lib_name"],
