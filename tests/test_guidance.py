@@ -156,16 +156,15 @@ def test_rescale_is_that_of_diffusers():
     assert_close(ours, rescale_noise_cfg(plain, c, guidance_rescale=0.7))
 
 
-@pytest.mark.parametrize("sigma", [0.4, torch.tensor(0.7, **double), torch.linspace(0.1, 3.0, 5, **double)])
+@pytest.mark.parametrize("sigma", [torch.tensor(0.7, **double), torch.linspace(0.1, 3.0, 5, **double)])
 def test_a_combination_is_the_denoiser_of_a_product_of_powers(sigma):
     net = Network()
     branches = [bind(net, label(k)) for k in (-1, 0, 1)]
     x = X.clone().requires_grad_()
-    level = torch.as_tensor(sigma, **double)
-    powers = sum(w * m.log_prob(x, level) for w, m in zip((-0.5, 3.0, -1.5), (ALL, *CLASSES[:2]), strict=True))
+    powers = sum(w * m.log_prob(x, sigma) for w, m in zip((-0.5, 3.0, -1.5), (ALL, *CLASSES[:2]), strict=True))
     (slope,) = torch.autograd.grad(powers.sum(), x)
     found = combine(branches, [-0.5, 3.0, -1.5])(X, sigma)
-    assert_close(found, X + level.reshape(-1, 1) ** 2 * slope, rtol=0, atol=1e-10)
+    assert_close(found, X + sigma.reshape(-1, 1) ** 2 * slope, rtol=0, atol=1e-10)
     assert [n for n, _ in net.calls] == [15]  # three branches, one call
     assert_close(combine(branches[:2], [-1.0, 2.0])(X, sigma), cfg(branches[1], branches[0], 2.0)(X, sigma))
 
