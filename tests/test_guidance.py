@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from stable_diffusion_scratch.guidance import bind, cfg, from_w, together
+from stable_diffusion_scratch.guidance import bind, by_classifier, cfg, cfgpp_scale, combine, from_w, together
 from stable_diffusion_scratch.samplers import ddim, karras_sigmas, last
 from stable_diffusion_scratch.score import GaussianMixture
 
@@ -154,6 +154,91 @@ def test_rescale_is_that_of_diffusers():
     plain = cfg(lambda *_: c, lambda *_: u, 7.5)(x, 1.0)
     ours = cfg(lambda *_: c, lambda *_: u, 7.5, rescale=0.7)(x, 1.0)
     assert_close(ours, rescale_noise_cfg(plain, c, guidance_rescale=0.7))
+
+
+@pytest.mark.parametrize("sigma", [torch.tensor(0.7, **double), torch.linspace(0.1, 3.0, 5, **double)])
+def test_a_combination_is_the_denoiser_of_a_product_of_powers(sigma):
+    net = Network()
+    branches = [bind(net, label(k)) for k in (-1, 0, 1)]
+    x = X.clone().requires_grad_()
+    powers = sum(w * m.log_prob(x, sigma) for w, m in zip((-0.5, 3.0, -1.5), (ALL, *CLASSES[:2]), strict=True))
+    (slope,) = torch.autograd.grad(powers.sum(), x)
+    found = combine(branches, [-0.5, 3.0, -1.5])(X, sigma)
+    assert_close(found, X + sigma.reshape(-1, 1) ** 2 * slope, rtol=0, atol=1e-10)
+    assert [n for n, _ in net.calls] == [15]  # three branches, one call
+    assert_close(combine(branches[:2], [-1.0, 2.0])(X, sigma), cfg(branches[1], branches[0], 2.0)(X, sigma))
+
+
+def test_a_combination_asks_only_who_counts_and_keeps_contexts():
+    net = Network()
+    branches = [bind(net, label(k)) for k in (-1, 0, 1)]
+    late = combine(branches, [lambda v: 0.0 if v > 1 else -1.0, 1.0, lambda v: float(v <= 1)])
+    for level in (4.0, 2.0, 1.0, 0.5):
+        late(X, torch.tensor(level, **double))
+    assert [n for n, _ in net.calls] == [5, 5, 15, 15]
+    assert net.contexts[0] is net.contexts[1] and net.contexts[2] is net.contexts[3]
+    half = combine([lambda x, sigma: x / 2, lambda x, sigma: x / 3], [3.0, -2.0])
+    assert half(X.float(), torch.tensor(1.0, **double)).dtype == torch.float32
+
+
+def test_a_combination_refuses_weights_that_are_none():
+    with pytest.raises(ValueError, match=r"sum to 1.5"):
+        combine([ALL.denoise, CLASSES[0].denoise], [1.0, 0.5])(X, 1.0)
+    with pytest.raises(ValueError, match="3 weights for 2 denoisers"):
+        combine([ALL.denoise, CLASSES[0].denoise], [1.0, 0.5, -0.5])
+
+
+@pytest.mark.parametrize("sigma", [0.4, torch.tensor(0.7, **double), torch.linspace(0.1, 3.0, 5, **double)])
+def test_a_classifier_guides_as_two_branches_do(sigma):
+    "The classifier of the mixture by Bayes, and also under inference mode."
+    log_a = lambda x, sigma: CLASSES[0].log_prob(x, sigma) - ALL.log_prob(x, sigma)  # noqa: E731
+    level = torch.as_tensor(sigma, **double)
+    guided = by_classifier(ALL.denoise, lambda x, v: log_a(x, torch.as_tensor(v, **double)), 2.5)
+    expected = cfg(CLASSES[0].denoise, ALL.denoise, 2.5)(X, level)
+    assert_close(guided(X, sigma), expected, rtol=0, atol=1e-10)
+    with torch.inference_mode():
+        assert_close(guided(X.clone(), sigma), expected, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        assert not guided(X, sigma).requires_grad
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_cfgpp_takes_the_steps_of_the_paper(weight):
+    """Chung 2024, reverse diffusion with CFG++, written with its alpha-bars and its predicted
+    noises in the VP frame; ours is `ddim` under `cfg`."""
+    bars = torch.linspace(0.01, 0.999, 12, **double)
+    alpha, spread = bars.sqrt(), (1 - bars).sqrt()
+    levels = torch.cat([spread / alpha, torch.zeros(1, **double)])
+    noise = lambda m, x_t, a, s: (x_t - a * m.denoise(x_t / a, s / a)) / s  # noqa: E731
+    x_t = X.clone()
+    for i in range(len(bars)):
+        c, u = (noise(m, x_t, alpha[i], spread[i]) for m in (CLASSES[0], ALL))
+        guess = (x_t - spread[i] * (u + weight * (c - u))) / alpha[i]
+        x_t = alpha[i + 1] * guess + spread[i + 1] * u if i + 1 < len(bars) else guess
+    guided = cfg(CLASSES[0].denoise, ALL.denoise, cfgpp_scale(weight, levels))
+    assert_close(last(ddim(guided, X / alpha[0], levels)).x, x_t, rtol=0, atol=1e-9)
+
+
+def test_cfgpp_is_for_its_own_levels():
+    sigmas = karras_sigmas(6, 0.05, 5.0)
+    scale = cfgpp_scale(0.6, sigmas)
+    assert scale(sigmas[-2]) == pytest.approx(0.6)  # the last step goes to 0
+    assert_close(scale(sigmas[:3]), torch.stack([scale(v) for v in sigmas[:3]]))
+    assert scale(sigmas[1].float()) == pytest.approx(scale(sigmas[1]))
+    with pytest.raises(ValueError, match=r"sigma = 2.345 is none of CFG\+\+'s levels"):
+        scale(2.345)
+    with pytest.raises(ValueError, match="levels that fall"):
+        cfgpp_scale(0.6, sigmas.flip(0))
+    with pytest.raises(ValueError, match="levels that fall"):
+        cfgpp_scale(0.6, sigmas[:1])
+
+
+def test_the_batch_of_each_call_follows_the_interval():
+    "Twelve steps under an interval: both branches inside, one outside, one call a step throughout."
+    net, sigmas = Network(), karras_sigmas(12, 0.05, 8.0)
+    last(ddim(cfg(*pair(net), 4.0, interval=(0.3, 2.0), rescale=0.5), 8 * X, sigmas))
+    inside = [10 if 0.3 < v <= 2.0 else 5 for v in sigmas[:-1].tolist()]
+    assert [n for n, _ in net.calls] == inside and {5, 10} == set(inside)
 
 
 def test_a_guided_denoiser_is_a_denoiser():
