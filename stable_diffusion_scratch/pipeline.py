@@ -228,12 +228,18 @@ def schedule_from_diffusers(fields: Mapping[str, Any]) -> Schedule:
     return schedule
 
 # %% ../nbs/13_text_to_image.ipynb #efe58ac0
-def remembering(net: UNet) -> Callable:
+def remembering(net: UNet, expected: Float[Tensor, " n"] | None = None) -> Callable:
     """net(x, t, context) for one trajectory: what depends on the text alone is computed once per
-    context (the object, not its value), what depends on the timestep alone once per value.
+    context (the object, not its value), what depends on the timestep alone once per value; for
+    the timesteps that are `expected`, all at once.
 
     Computes in the network's dtype, answers in x's. No gradient passes through text or time."""
     times: dict[float, list[Tensor]] = {}
+    if expected is not None:
+        with torch.no_grad():
+            shifts = net.embed_time(expected)  # of each block [n c]
+        rows = zip(*(shift.split(1) for shift in shifts), strict=True)
+        times = dict(zip(expected.tolist(), map(list, rows), strict=True))
     texts: dict[int, tuple[Tensor, list]] = {}
     dtype = net.conv_in.weight.dtype
 
@@ -464,12 +470,20 @@ class StableDiffusion:
         return draw(generators(seed, n), self.blank(n, **size))
 
     def denoiser(
-        self, prompt: Prompt, negative: Prompt = "", guidance: float | Callable = 4.0, **options
+        self,
+        prompt: Prompt,
+        negative: Prompt = "",
+        guidance: float | Callable = 4.0,
+        levels: Float[Tensor, " n"] | None = None,
+        **options,
     ) -> Callable:
         """A denoiser(x, sigma) of this prompt, or one prompt per picture, guided away from
-        `negative`; it remembers what a trajectory needs again. guidance and options: `scale`,
-        `interval` and `rescale` of guidance.cfg."""
-        base = Denoiser(remembering(self.unet), self.process, self.schedule.kind)
+        `negative`; it remembers what a trajectory needs again, and prepares for the noise levels
+        that it is told. guidance and options: `scale`, `interval` and `rescale` of guidance.cfg."""
+        if levels is not None:
+            levels = self.process.time(levels).to(self.device, self.blank(0).dtype)
+        net = remembering(self.unet, levels)
+        base = Denoiser(net, self.process, self.schedule.kind)
         contexts = [self.encode_prompt(p) for p in (prompt, negative)]
         return cfg(*(bind(base, context) for context in contexts), guidance, **options)
 
@@ -518,7 +532,8 @@ class StableDiffusion:
             x = latents.to(x)
         drawn = draw(sources, x)  # in any case, so that what is drawn later is fresh
         x = drawn if latents is None else x
-        denoise = self.denoiser(*each, guidance, interval=interval, rescale=rescale)
+        prepared = sigmas[sigmas > 0]
+        denoise = self.denoiser(*each, guidance, prepared, interval=interval, rescale=rescale)
         walk = SAMPLERS[sampler](
             denoise,
             x * (1 + sigmas[0].item() ** 2) ** 0.5,

@@ -364,8 +364,8 @@ def make(
     autoencoder to keep in place of training one. ValueError where the configuration is wrong, or
     the folder was begun with another or with other pictures."""
     folder = Path(folder)
-    check(config := config if vae is None else {**config, "vae": asdict(vae.config)}, own, vae)
     config = adapted(config, own, vae)
+    check(config, own, vae)
     pin(config, folder)
     if own is None:
         pictures, scenes = scene_set(

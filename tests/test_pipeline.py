@@ -420,10 +420,16 @@ def count_calls(monkeypatch) -> dict[str, int]:
 def test_one_network_call_per_step_and_one_reading_of_the_text(monkeypatch):
     calls = count_calls(monkeypatch)
     PIPE(PROMPTS, steps=5)
-    assert calls == {"predict": 5, "embed_context": 1, "embed_time": 5}
+    assert calls == {"predict": 5, "embed_context": 1, "embed_time": 1}
     calls.update(dict.fromkeys(calls, 0))
     PIPE(PROMPTS, steps=5, interval=(0.5, 5.0))  # guided in the middle: two batches of two sizes
-    assert calls == {"predict": 5, "embed_context": 2, "embed_time": 5}
+    assert calls == {"predict": 5, "embed_context": 2, "embed_time": 1}
+
+
+def test_timesteps_that_were_not_expected_are_embedded_when_they_come(monkeypatch):
+    calls = count_calls(monkeypatch)
+    PIPE(PROMPTS, steps=3, sampler="dpm2")  # asks between the levels, too
+    assert calls["embed_time"] == 1 + 2 and calls["predict"] == 5
 
 
 def test_what_is_remembered_changes_nothing():
