@@ -111,7 +111,7 @@ def test_configuration_round_trip():
         ({"scaling_factor": float("inf")}, "VAEConfig.scale must be positive and finite, got inf"),
         ({"shift_factor": float("nan")}, "VAEConfig.shift must be finite, got nan"),
         ({"mid_block_add_attention": 1}, "VAEConfig.attention must be True or False, got 1"),
-        ({"block_out_channels": []}, "VAEConfig.channels must be positive multiples"),
+        ({"block_out_channels": [128, 256, 512, 500]}, "VAEConfig.channels must be positive multiples of groups = 32"),
     ],
 )
 def test_a_configuration_that_is_refused(change, complaint):
