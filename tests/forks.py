@@ -73,6 +73,4 @@ def train_together(
             stop.set()
     weights = torch.cat([p.detach().flatten() for p in [*run.model.parameters(), *run.powers[0].values()]])
     torch.save({"losses": run.losses, "weights": weights, "step": run.step}, f"{out}-{rank}.pt")
-    accelerator.end_training()
-    if count > 1:
-        torch.distributed.destroy_process_group()
+    accelerator.end_training()  # leaves the process group
