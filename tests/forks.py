@@ -4,6 +4,7 @@ longer than all that is tested. Children of multiprocessing find this module by 
 import json
 import os
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -15,13 +16,13 @@ def server(*more: str):
     return context
 
 
-def make_recipe(config: str, folder: str, lines: int) -> None:
+def make_recipe(config: str, folder: str, lines: Connection) -> None:
     "Make the recipe, saving after every step; says so in a byte per step."
     from stable_diffusion_scratch.recipe import make
 
     torch.set_num_threads(1)
     for _ in make(json.loads(config), folder, every=0.0):
-        os.write(lines, b".")
+        lines.send_bytes(b".")
 
 
 def sine_run(steps: int, **options):
@@ -38,13 +39,13 @@ def sine_run(steps: int, **options):
     return Run(net, loss, warmup_cosine(1e-2, steps, 5), **{"widths": (0.05, 0.1)} | options)
 
 
-def train_small(steps: int, path: str, lines: int) -> None:
+def train_small(steps: int, path: str, lines: Connection) -> None:
     "Fit the sine with everything that writes: checkpoints, snapshots, a table."
     from stable_diffusion_scratch.training import fit, to_csv
 
     torch.set_num_threads(1)
     for _ in to_csv(fit(sine_run(steps), steps, path, every=0.0, snapshots=7), f"{path}.csv"):
-        os.write(lines, b".")
+        lines.send_bytes(b".")
 
 
 def train_together(
@@ -72,6 +73,4 @@ def train_together(
             stop.set()
     weights = torch.cat([p.detach().flatten() for p in [*run.model.parameters(), *run.powers[0].values()]])
     torch.save({"losses": run.losses, "weights": weights, "step": run.step}, f"{out}-{rank}.pt")
-    accelerator.end_training()
-    if count > 1:
-        torch.distributed.destroy_process_group()
+    accelerator.end_training()  # leaves the process group
