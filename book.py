@@ -66,7 +66,7 @@ PASSED_ON = {  # subcommands whose options are those of another program
     "lab": "passed on to JupyterLab, for example --no-browser",
     "train": "passed on to `sd-scratch train`, for example --out runs/mine; for all of them: .venv/bin/sd-scratch "
     "train --help",
-    "bench": "a measurement (pipeline, parts, unet_ablation, digits_parametrisations; pipeline if none) and "
+    "bench": "a measurement (the name of a file in bench/, such as parts or judge; pipeline if none) and "
     "its options, for example: parts --pairs 5; for all of them: .venv/bin/python bench/parts.py --help",
 }
 

@@ -47,7 +47,7 @@ from stable_diffusion_scratch.samplers import (
     time_grid,
     with_zero,
 )
-from .text import TextEncoder, Tokenizer
+from .text import TextEncoder, Tokenizer, same_length
 from .unet import UNet
 from .vae import VAE
 from torch import Tensor, nn
@@ -520,6 +520,7 @@ class StableDiffusion:
             raise ValueError(f"nothing to paint: {len(contexts)} prompts, count = {count!r}")
         if len(against) not in (1, len(contexts)):
             raise ValueError(f"{len(against)} negative prompts for {len(contexts)} prompts")
+        contexts, against = same_length(contexts, against)  # a long prompt is a long context
         n = count * len(contexts)
         each = [c if len(c) == 1 else c.repeat_interleave(count, 0) for c in (contexts, against)]
         grid, to_zero = grid or self.schedule.grid, self.schedule.to_zero
