@@ -13,7 +13,6 @@ prompt shows it, by a second network, trained on truth, whose own error on unsee
 one core.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from _study import study_parser
 from torch import Tensor, nn
 
 from stable_diffusion_scratch.captions import VOCABULARY, Description, caption, describe
@@ -263,14 +263,8 @@ def study(kinds: Sequence[str], seeds: range, steps: int, file: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help="these captions alone")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each ({SEEDS})")
+    parser = study_parser(__doc__, KINDS, "kind", SEEDS, STEPS, "recaption.json")
     parser.add_argument("--first", type=int, default=0, help="the first seed (0)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each ({STEPS})")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--json", type=Path, metavar="FILE", default=results / "recaption.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     study(given.only or KINDS, range(given.first, given.first + given.seeds), given.steps, given.json)

@@ -8,7 +8,6 @@ draws them, and the first weights). Judged are the averaged weights (Polyak 1992
 297 held-out digits with noise that is the same for all, in three thirds of the timesteps. Half an hour on one core.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from _study import study_parser
 
 from stable_diffusion_scratch.denoisers import simple_loss
 from stable_diffusion_scratch.digits import load_digits
@@ -121,14 +121,8 @@ def study(names, seeds: range, steps: int, file: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="these variants alone")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each ({SEEDS})")
+    parser = study_parser(__doc__, VARIANTS, "variant", SEEDS, STEPS, "unet_ablation.json")
     parser.add_argument("--first", type=int, default=0, help="the first seed (0)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each ({STEPS})")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--json", type=Path, metavar="FILE", default=results / "unet_ablation.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     seeds = range(given.first, given.first + given.seeds)

@@ -9,7 +9,6 @@ nats (pixels have the noise that fills a grey level). Judged on the 297 held-out
 and how often a linear map tells the digit from one sample of the latents. A minute on one core.
 """
 
-import argparse
 import json
 import math
 import os
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from _study import study_parser
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -121,13 +121,7 @@ def study(names, seeds: range, steps: int, file: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="these variants alone")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each ({SEEDS})")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each ({STEPS})")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--json", type=Path, metavar="FILE", default=results / "vae_collapse.json")
+    parser = study_parser(__doc__, VARIANTS, "variant", SEEDS, STEPS, "vae_collapse.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     study(given.only or list(VARIANTS), range(given.seeds), given.steps, given.json)

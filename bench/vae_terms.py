@@ -11,7 +11,6 @@ distance in the features of a network of random weights, and by how steep edges 
 next to the original. Some minutes on one core.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from _study import study_parser
 from PIL import Image
 from torch import Tensor, nn
 
@@ -158,14 +158,8 @@ def study(names, seeds: range, steps: int, file: Path, n: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help="these variants alone")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"trainings of each ({SEEDS})")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each ({STEPS})")
+    parser = study_parser(__doc__, VARIANTS, "variant", SEEDS, STEPS, "vae_terms.json")
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"scenes to learn from ({SCENES})")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--json", type=Path, metavar="FILE", default=results / "vae_terms.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     study(given.only or list(VARIANTS), range(given.seeds), given.steps, given.json, given.scenes)

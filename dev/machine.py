@@ -110,7 +110,7 @@ def bench(options: list[str]) -> int:
     name, rest = "pipeline", options
     if options and not options[0].startswith("-"):
         name, *rest = options
-        names = sorted(path.stem for path in (ROOT / "bench").glob("*.py"))
+        names = sorted(path.stem for path in (ROOT / "bench").glob("[!_]*.py"))
         if name not in names:
             raise Problem(f"no measurement {name!r}; there are: {', '.join(names)}")
     sys.stdout.flush()
