@@ -8,7 +8,7 @@ from pathlib import Path
 def study_parser(
     doc: str, names: Collection[str], what: str, seeds: int, steps: int, file: str
 ) -> argparse.ArgumentParser:
-    "Options --only (of names, each a `what`), --seeds, --steps, --threads, --json (results/`file`); a study adds its own."
+    "Options --only (names, each a `what`), --seeds, --steps, --threads, --json (results/`file`); a study adds its own."
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, metavar=what.upper(), help=f"these {what}s alone")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"trainings of each ({seeds})")
