@@ -21,9 +21,9 @@ import torch
 
 from stable_diffusion_scratch.captioner import JUDGE, confidence, describe_picture, load_judge, read, truth
 from stable_diffusion_scratch.captions import describe
+from stable_diffusion_scratch.data import from_bytes, to_bytes
 from stable_diffusion_scratch.evaluation import calibration_error, decoded, fit_temperature, own_error, share
 from stable_diffusion_scratch.pipeline import StableDiffusion
-from stable_diffusion_scratch.recipe import from_bytes, to_bytes
 from stable_diffusion_scratch.scenes import render, sample_scenes
 
 SEED = 20_000  # of none of the scenes that anything was trained on

@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stable_diffusion_scratch.captioner import load_judge
+from stable_diffusion_scratch.data import to_bytes
 from stable_diffusion_scratch.evaluation import psnr
 from stable_diffusion_scratch.pipeline import BUNDLED, StableDiffusion
-from stable_diffusion_scratch.recipe import to_bytes
 from stable_diffusion_scratch.scenes import render, sample_scenes
 from stable_diffusion_scratch.vae import VAE
 from stable_diffusion_scratch.vae_options import PatchCritic, adaptive_weight, critic_loss, perceptual_distance

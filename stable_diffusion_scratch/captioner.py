@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from .captions import Description, caption
-from .data import folder_rows, square
+from .data import folder_rows, from_bytes, square, to_bytes
 from .layers import check_shape
 from stable_diffusion_scratch.scenes import (
     AREA,
@@ -188,7 +188,7 @@ def batch_loss(
 ) -> Float[Tensor, ""]:
     "`judge_loss` of a batch drawn from 8-bit pictures and spoilt: what `training.Run` asks for."
     index = torch.randint(len(pictures), (batch,), generator=generator)
-    x = augment(pictures[index] / 127.5 - 1, generator)
+    x = augment(from_bytes(pictures[index]), generator)
     return judge_loss(judge, x, {question: right[index] for question, right in answers.items()})
 
 # %% ../nbs/16_judge.ipynb #300ff70d
@@ -344,7 +344,7 @@ def caption_folder(
     for name in names:
         with Image.open(folder / name) as opened:
             pictures.append(square(opened, 64))
-    x = torch.stack(pictures).float() / 127.5 - 1
+    x = from_bytes(torch.stack(pictures))
     written = dict(zip(names, write_captions(judge, x, threshold, temperature), strict=True))
     for name, w in written.items():
         row = {"file_name": name, "text": w.caption, "sure": round(w.sure, 4)}

@@ -291,11 +291,11 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 def digit_rows() -> Iterator:
     "The 1,500 digits to train on as rows: 8 x 8 pictures, 'a zero' to 'a nine'."
     from PIL import Image
-    from stable_diffusion_scratch.data import Row
+    from stable_diffusion_scratch.data import Row, to_bytes
     from stable_diffusion_scratch.digits import load_digits
 
     for k, (picture, label) in enumerate(zip(*load_digits(), strict=True)):
-        grey = ((picture[0] + 1) * 127.5).round().byte().numpy()
+        grey = to_bytes(picture[0]).numpy()
         yield Row(f"digit {k}", Image.fromarray(grey), f"a {DIGITS[label]}")
 
 
@@ -320,8 +320,8 @@ def find_pictures(recipe: Mapping, data: Path | None):
 def find_vae(recipe: Mapping, own):
     "The book's own autoencoder, after a look at what it makes of these pictures."
     import torch
+    from stable_diffusion_scratch.data import from_bytes
     from stable_diffusion_scratch.evaluation import psnr
-    from stable_diffusion_scratch.recipe import from_bytes
 
     vae = open_model(None, "cpu", "ddim").vae
     if (side := recipe["vae"]["sample_size"]) != vae.config.sample_size:

@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from . import solvers, text, unet, vae  # noqa: F401 (solvers fills SAMPLERS)
+from .data import to_bytes
 from .denoisers import Denoiser
 from stable_diffusion_scratch.forward import (
     DiscreteVP,
@@ -272,8 +273,7 @@ def draw(sources: Sequence[torch.Generator], like: Float[Tensor, "b *d"]) -> Flo
 def to_images(pictures: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     "Pictures in [-1, 1] as PIL images of 8 bits; what is outside is clipped."
     check_shape("pictures", pictures, None, 3, None, None)
-    bytes_ = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in bytes_]
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in to_bytes(pictures).cpu()]
 
 
 def image_grid(images: Sequence[Image.Image], columns: int = 4, gap: int = 2) -> Image.Image:
