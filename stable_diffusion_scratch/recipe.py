@@ -45,7 +45,14 @@ from stable_diffusion_scratch.scenes import (
 )
 from .text import TextConfig, TextEncoder, Tokenizer
 from .timesteps import stratified_times
-from .training import Run, fit, step_generator, warmup_cosine, whole_file
+from stable_diffusion_scratch.training import (
+    Run,
+    exponent,
+    fit,
+    step_generator,
+    warmup_cosine,
+    whole_file,
+)
 from .unet import UNet, UNetConfig
 from .vae import VAE, Moments, VAEConfig, measure_scale, rate_distortion
 from torch import Tensor, nn
@@ -301,10 +308,13 @@ def check(config: Mapping[str, Any], own: Captioned | None = None, vae: VAE | No
             text_to_image_networks(config, tokenizer)
     except (KeyError, TypeError) as error:
         raise ValueError(f"configuration, [vae], [text] or [unet]: {error}") from error
-    if (times := config["unet_training"].get("times", "uniform")) not in TIMES:
+    plan = config["unet_training"]
+    if (times := plan.get("times", "uniform")) not in TIMES:
         raise ValueError(
             f"configuration, [unet_training]: times = {times!r}; known: {', '.join(TIMES)}"
         )
+    for width in plan.get("widths", ()):
+        exponent(width)  # ValueError where there is no such average
     side = config["vae"]["sample_size"]
     if own is not None and own.pictures.shape[2:] != (side, side):
         raise ValueError(
@@ -369,9 +379,9 @@ def learn(
     folder: Path,
     every: float,
 ) -> Iterator[Progress]:
-    """One stage as its section of the configuration says: `fit` with names; then the network has its
-    averaged weights. Averages of the plan's `widths` are put aside every `snapshots` steps, in
-    folder/`stage`-averages."""
+    """One stage, as its section of the configuration says: `fit` with names; then the network has
+    its averaged weights. Averages of the plan's `widths` are put aside every `snapshots` steps,
+    in folder/`stage`-averages."""
     steps, widths = plan["steps"], tuple(plan.get("widths", ()))
     rate = warmup_cosine(plan["rate"], steps)
     run = Run(network, loss, rate, plan["seed"], plan["decay"], widths=widths)

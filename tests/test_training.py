@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stable_diffusion_scratch import training
-from stable_diffusion_scratch.recipe import CHUNK, make, read_config, scene_set
+from stable_diffusion_scratch.recipe import CHUNK, drawn, make, read_config, scene_set
 from stable_diffusion_scratch.scenes import sample_scenes
 from stable_diffusion_scratch.training import (
     STEPS_PER_SEED,
@@ -48,6 +48,7 @@ from stable_diffusion_scratch.training import (
     whole_file,
     with_bar,
 )  # fmt: skip
+from stable_diffusion_scratch.vae import VAE, VAEConfig
 
 
 def small_run(seed: int = 0, width: int = 8) -> Run:
@@ -581,6 +582,34 @@ def test_an_encoder_that_goes_to_school_learns_nothing_afterwards(tmp_path, scen
     del config["text_training"]["seed"]
     with pytest.raises(ValueError, match=r"\[text_training\]: missing or unknown: seed"):
         next(make(config, tmp_path))
+
+
+def test_averages_are_put_aside_and_times_drawn_as_the_recipe_says(tmp_path, scenes_folder):
+    vae = drawn(0, lambda: VAE(VAEConfig(**tiny_config()["vae"])))
+    losses = {}
+    for times in ("uniform", "stratified"):
+        config, folder = tiny_config(), tmp_path / times
+        config["unet_training"] |= {"steps": 6, "times": times, "widths": [0.05, 0.1], "snapshots": 2}
+        folder.mkdir()
+        (folder / "scenes").symlink_to(scenes_folder)
+        losses[times] = [progress.loss for progress in make(config, folder, vae=vae)]
+        files = sorted((folder / "unet-averages").glob("*.safetensors"))
+        assert [int(file.stem) for file in files] == [2, 4, 6]
+        weights = load_file(folder / "unet.safetensors")
+        for name, value in mix(files, 0.08).items():
+            assert value.shape == weights[f"model.{name}"].shape
+    assert losses["uniform"] != losses["stratified"]
+
+
+@pytest.mark.parametrize(
+    "wrong, said", [({"times": "sometimes"}, "times = 'sometimes'; known: uniform"), ({"widths": [0.5]}, "got 0.5")]
+)
+def test_a_recipe_that_cannot_be_followed_is_refused_at_once(tmp_path, wrong, said):
+    config = tiny_config()
+    config["unet_training"] |= wrong
+    with pytest.raises(ValueError, match=said):
+        next(make(config, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_configuration_is_refused(tmp_path, scenes_folder):
