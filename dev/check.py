@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -66,11 +67,14 @@ def run_chapters() -> list[str]:
 
 
 def pytest(depth: str) -> list[str]:
+    "The tests, some files side by side, one thread each: most are too small for a second thread."
+    workers = min(4, os.cpu_count() or 1)
     command = [sys.executable, "-m", "pytest", f"--junitxml={REPORT}", "-m", LEFT_OUT[depth]]
+    command += ["-n", str(workers), "--dist", "loadfile"]
     if depth == "fast":
         command += [f"--ignore=tests/{name}" for name in NOT_FAST]
     REPORT.unlink(missing_ok=True)
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     return [f"pytest ended with exit code {code} (above)"] if code else []
 
 
