@@ -3,7 +3,8 @@ ways of drawing the times of a batch (uniform, stratified: one in each of as man
 
     .venv/bin/python bench/recipe.py                   writes bench/results/recipe.json; an hour of one core
     .venv/bin/python bench/recipe.py --steps 100 --seeds 1 --json FILE
-    .venv/bin/python bench/recipe.py --folder runs/spread          keep everything there, and go on from there
+    .venv/bin/python bench/recipe.py --only uniform-0 stratified-0     these runs: a way and a seed
+    .venv/bin/python bench/recipe.py --folder runs/spread              keep everything there, and go on from there
 
 Scenes and their latents (of the bundled autoencoder) are the same for all; a seed draws the first weights, the batches,
 the captions and the noise of the text encoder's school and of the UNet. Both ways of a seed share the text encoder.
@@ -92,16 +93,16 @@ def study(given, folder: Path) -> dict:
         latents = bundled.vae.scale(bundled.vae.encode(render(unseen)).mean)
     prompts, means = prompt_set(PROMPTS, 1, 50, "train")
     runs = {}
-    for seed in range(given.seeds):
-        for times in given.only or TIMES:
-            own = made(folder, seed, times, given.steps, bundled.vae)
-            pipe = StableDiffusion.from_pretrained(own / "model")
-            row = {"times": times, "seed": seed, "decay": error(pipe, unseen, latents), "widths": {}}
-            for width, weights in averages(own).items():
-                pipe.unet.load_state_dict(weights, strict=False)
-                row["widths"][width] = error(pipe, unseen, latents)
-            runs[own] = row
-            print(json.dumps(row), flush=True)
+    for name in given.only or [f"{times}-{seed}" for seed in range(given.seeds) for times in TIMES]:
+        times, seed = name.split("-")
+        own = made(folder, int(seed), times, given.steps, bundled.vae)
+        pipe = StableDiffusion.from_pretrained(own / "model")
+        row = {"times": times, "seed": int(seed), "decay": error(pipe, unseen, latents), "widths": {}}
+        for width, weights in averages(own).items():
+            pipe.unet.load_state_dict(weights, strict=False)
+            row["widths"][width] = error(pipe, unseen, latents)
+        runs[own] = row
+        print(json.dumps(row), flush=True)
     best = min(WIDTHS, key=lambda w: sum(row["widths"][w] for row in runs.values()))
     for own, row in runs.items():
         pipe = StableDiffusion.from_pretrained(own / "model")
@@ -114,7 +115,8 @@ def study(given, folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = study_parser(__doc__, list(TIMES), "way", SEEDS, STEPS, "recipe.json")
+    names = [f"{times}-{seed}" for seed in range(10) for times in TIMES]
+    parser = study_parser(__doc__, names, "run", SEEDS, STEPS, "recipe.json")
     parser.add_argument("--folder", type=Path, help="keep scenes, latents and runs here")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

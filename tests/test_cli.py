@@ -307,7 +307,7 @@ def test_ctrl_c_while_it_paints_on_a_terminal(model, tmp_path):
 
 def toml(config: dict) -> str:
     tables = (
-        "\n".join([f"[{name}]", *(f"{key} = {value}" for key, value in table.items())])
+        "\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())])
         for name, table in config.items()
     )
     return "\n\n".join(tables) + "\n"
