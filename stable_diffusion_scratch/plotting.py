@@ -15,7 +15,6 @@ try:
     import ipywidgets
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib_inline.config import InlineBackend
     from PIL import Image
 except ImportError as error:
     remedy = "the figures need more than the library: pip install 'stable_diffusion_scratch[book]'"
@@ -41,14 +40,14 @@ STYLE = {
     "font.family": "DejaVu Sans", "mathtext.fontset": "cm",
     "lines.linewidth": 1.6, "image.cmap": "viridis",
     "figure.figsize": (7.0, 2.8), "figure.dpi": 110, "savefig.dpi": 150,
-    "figure.autolayout": True, "figure.facecolor": "white",
+    "figure.autolayout": True,
+    "savefig.bbox": "tight", "figure.facecolor": "white",
 }  # fmt: skip
 
 
 def set_style():
     "Use the book's matplotlib style from here on. Every chapter calls it once, in its first cell."
     plt.rcParams.update(STYLE)
-    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # the layout sees to it
 
 # %% ../nbs/90_figures.ipynb #04574ca0
 def tile(images: Tensor, columns: int) -> Tensor:
