@@ -276,10 +276,7 @@ class Progress(NamedTuple):
 
 
 SCHOOL = {"text_training": {"steps", "batch", "rate", "decay", "forget", "seed"}}  # may be left out
-OPTIONAL = {
-    "text_training": {"pairs"},
-    "unet_training": {"pairs", "times", "widths", "snapshots"},
-}
+OPTIONAL = {"text_training": {"pairs"}, "unet_training": {"pairs", "times", "widths", "snapshots"}}
 KEYS = {
     "data": {"scenes", "seed"},
     "vae_training": {"steps", "batch", "rate", "beta", "decay", "seed"},
