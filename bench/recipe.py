@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-from copy import deepcopy
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,7 +41,7 @@ WIDTHS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)  # of averages, as sha
 
 def plan(seed: int, times: str, steps: int) -> dict:
     "The configuration of the bundled model, made short and narrow."
-    config = deepcopy(read_config())
+    config = read_config()
     config["data"]["scenes"] = 4000
     config["unet"] |= {"channels": [32, 64]}
     config["text_training"] |= {"steps": steps // 3, "seed": 30 + seed}

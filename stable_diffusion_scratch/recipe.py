@@ -451,8 +451,7 @@ def make(
         vae=vae,
         moments=moments,
         scenes=scenes,
-        times=plan.get("times", "uniform"),
-        **{name: plan.get(name) for name in ("batch", "empty", "forget", "pairs")},
+        **{n: plan[n] for n in ("batch", "empty", "forget", "pairs", "times") if n in plan},
     )
     yield from learn("unet", networks, loss, plan, folder, every)
     pipe = StableDiffusion(networks["unet"], vae, networks["text_encoder"], tokenizer, SCHEDULE)
